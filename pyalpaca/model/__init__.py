@@ -3,7 +3,16 @@
 from pyalpaca.model.axis import ONE_DEVICE, Axis
 from pyalpaca.model.config import LlamaConfig, config_from_hf, config_from_meta, config_to_hf
 from pyalpaca.model.params import Tree, flatten, init, load, tree_map, unflatten, whole_slice
-from pyalpaca.model.sharding import Parameter, cut, lora_parameters, natural_key, parameters, shard, stage_layers, stage_parameters
+from pyalpaca.model.sharding import (
+    Parameter,
+    cut,
+    lora_parameters,
+    natural_key,
+    parameters,
+    shard,
+    stage_layers,
+    stage_parameters,
+)
 
 __all__ = [
     "ONE_DEVICE",

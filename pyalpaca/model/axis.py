@@ -44,4 +44,3 @@ class Axis:
 
 
 ONE_DEVICE = Axis()
-

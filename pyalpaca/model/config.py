@@ -40,7 +40,9 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"model config: head_dim is {self.head_dim}, rotary embeddings need an even number")
         if self.rope_scaling is not None and rope_type(self.rope_scaling) not in _ROPE_TYPES:
-            raise ValueError(f"model config: rope scaling {rope_type(self.rope_scaling)!r} is not one of {', '.join(_ROPE_TYPES)}")
+            raise ValueError(
+                f"model config: rope scaling {rope_type(self.rope_scaling)!r} is not one of {', '.join(_ROPE_TYPES)}"
+            )
 
 
 def rope_type(scaling: Mapping[str, Any]) -> str:
@@ -50,7 +52,11 @@ def rope_type(scaling: Mapping[str, Any]) -> str:
 
 def config_from_hf(fields: Mapping[str, Any]) -> LlamaConfig:
     """LlamaConfig from the fields of a Hugging Face config.json, as transformers 4 or 5 writes it; ValueError names what is missing or unsupported."""
-    missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") if k not in fields]
+    missing = [
+        k
+        for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if k not in fields
+    ]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)} missing; expected the config of a LLaMA model")
     for key, neutral in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):

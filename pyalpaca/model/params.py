@@ -77,4 +77,6 @@ def load(
     ranks: int = 1,
 ) -> Tree:
     """The parameter tree of a table, each leaf from `read(parameter, piece)`, contiguous and in `dtype`."""
-    return unflatten({p.path: read(p, shard(p, rank, ranks)).to(dtype).clone(memory_format=torch.contiguous_format) for p in table})
+    return unflatten(
+        {p.path: read(p, shard(p, rank, ranks)).to(dtype).clone(memory_format=torch.contiguous_format) for p in table}
+    )

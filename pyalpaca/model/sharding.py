@@ -81,8 +81,22 @@ def lora_parameters(base: Iterable[Parameter], rank: int, targets: Iterable[str]
         stem, hf = p.path.removesuffix(".weight"), p.name.removesuffix(".weight")
         out, into = p.shape
         table += [
-            Parameter(f"{stem}.lora_a", f"{hf}.{_LORA_SUFFIX['lora_a']}", (rank, into), 1 if p.dim == 1 else None, p.unit, partial_grad=p.dim == 0),
-            Parameter(f"{stem}.lora_b", f"{hf}.{_LORA_SUFFIX['lora_b']}", (out, rank), 0 if p.dim == 0 else None, p.unit, partial_grad=p.dim == 1),
+            Parameter(
+                f"{stem}.lora_a",
+                f"{hf}.{_LORA_SUFFIX['lora_a']}",
+                (rank, into),
+                1 if p.dim == 1 else None,
+                p.unit,
+                partial_grad=p.dim == 0,
+            ),
+            Parameter(
+                f"{stem}.lora_b",
+                f"{hf}.{_LORA_SUFFIX['lora_b']}",
+                (out, rank),
+                0 if p.dim == 0 else None,
+                p.unit,
+                partial_grad=p.dim == 1,
+            ),
         ]
     if wanted - seen:
         have = sorted({p.name.split(".")[-2] for p in base if p.path.endswith(".weight")})
@@ -113,7 +127,9 @@ def shard(parameter: Parameter, rank: int, ranks: int) -> tuple[int, int, int] |
 def stage_layers(num_layers: int, stage: int, stages: int) -> range:
     """The layers of a pipeline stage: contiguous, as even as possible."""
     if num_layers < stages:
-        raise ValueError(f"{num_layers} layers can't fill {stages} pipeline stages; choose a pipeline-parallel size of at most {num_layers}")
+        raise ValueError(
+            f"{num_layers} layers can't fill {stages} pipeline stages; choose a pipeline-parallel size of at most {num_layers}"
+        )
     return range(stage * num_layers // stages, (stage + 1) * num_layers // stages)
 
 
