@@ -51,7 +51,10 @@ def rope_type(scaling: Mapping[str, Any]) -> str:
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> LlamaConfig:
-    """LlamaConfig from the fields of a Hugging Face config.json, as transformers 4 or 5 writes it; ValueError names what is missing or unsupported."""
+    """LlamaConfig from the fields of a Hugging Face config.json, as transformers 4 or 5 writes it.
+
+    ValueError names what is missing or not supported.
+    """
     missing = [
         k
         for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -1,4 +1,4 @@
-"""The one sharding table: every parameter's place in the tree, its Hugging Face name, its shape and how tensor parallelism cuts it.
+"""The one sharding table: every parameter's place in the tree, Hugging Face name, shape, and how tensor parallelism cuts it.
 
 Initialisation, reading slices of a checkpoint, every converter, the gradient norm and the optimizer all read this table.
 No torch here: the table is about names and numbers only.

@@ -1,0 +1,101 @@
+"""The `pyalpaca` command: a table of sub-commands, each loaded only when it is asked for, and one way to report errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from pyalpaca import __version__
+
+# name, module with main(argv), one line of help. Grouped as a person walks the road.
+_COMMANDS = (
+    (
+        "First steps",
+        "demo",
+        "pyalpaca.demo.road",
+        "walk the whole road on a small model: convert, merge, fine-tune, compare, generate",
+    ),
+    (
+        "First steps",
+        "doctor",
+        "pyalpaca.doctor",
+        "say what was found: torch, devices, compiler, which backend serves which operator",
+    ),
+    ("Weights", "convert", "pyalpaca.commands.convert", "any checkpoint layout to any other"),
+    ("Weights", "merge", "pyalpaca.commands.merge", "merge LoRA adapters into a base model"),
+    ("Weights", "digest", "pyalpaca.commands.digest", "one content digest for the same weights in every layout"),
+    ("Text", "preprocess", "pyalpaca.commands.preprocess_data", "instruction or plain text to an indexed data set"),
+    ("Text", "merge-tokenizers", "pyalpaca.commands.merge_tokenizers", "extend a SentencePiece vocabulary by another"),
+    ("Training", "train", "pyalpaca.train.run", "fine-tune on one or many devices (under torchrun)"),
+    ("Training", "report", "pyalpaca.report", "compare the losses of two runs step by step and draw them"),
+    ("Talking", "generate", "pyalpaca.generate.run", "answer prompts with a model in any layout"),
+)
+
+
+def _help() -> str:
+    lines = [
+        f"pyalpaca {__version__}: LLaMA and Chinese-LLaMA-Alpaca on Ascend NPUs and on any CPU.",
+        "",
+        "usage: pyalpaca COMMAND [options]        pyalpaca COMMAND --help says more",
+    ]
+    group = ""
+    for where, name, _, text in _COMMANDS:
+        if where != group:
+            lines += ["", f"{where}:"]
+            group = where
+        lines.append(f"  {name:<18}{text}")
+    lines += [
+        "",
+        "Start with `pyalpaca demo`. On several devices: torchrun --nproc_per_node 8 -m pyalpaca.train --tp 4 --pp 2 ...",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sub-command that `argv` names; the exit status is the result."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"pyalpaca {__version__}")
+        return 0
+    modules = {name: module for _, name, module, _ in _COMMANDS}
+    name = arguments[0]
+    if name not in modules:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, modules, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "`pyalpaca --help` lists the commands"
+        raise ValueError(f"there is no command `{name}`: {hint}")
+    sys.argv[0] = f"pyalpaca {name}"
+    return int(import_module(modules[name]).main(arguments[1:]) or 0)
+
+
+def run(command: Callable[[], int | None]) -> None:
+    """Run a command's main and exit: 0 when done, 2 with one sentence for bad input, 130 when interrupted.
+
+    PYALPACA_TRACEBACK=1 shows where an error came from.
+    """
+    try:
+        status = command() or 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("PYALPACA_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def entry() -> None:
+    """What the installed `pyalpaca` script calls."""
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

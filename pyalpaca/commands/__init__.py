@@ -1,0 +1,1 @@
+"""The commands that people type, one file each; nothing heavy is imported before it is needed."""
