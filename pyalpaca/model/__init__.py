@@ -2,6 +2,7 @@
 
 from pyalpaca.model.axis import ONE_DEVICE, Axis
 from pyalpaca.model.config import LlamaConfig, config_from_hf, config_from_meta, config_to_hf
+from pyalpaca.model.llama import LayerCache, forward
 from pyalpaca.model.params import Tree, flatten, init, load, tree_map, unflatten, whole_slice
 from pyalpaca.model.sharding import (
     Parameter,
@@ -17,6 +18,7 @@ from pyalpaca.model.sharding import (
 __all__ = [
     "ONE_DEVICE",
     "Axis",
+    "LayerCache",
     "LlamaConfig",
     "Parameter",
     "Tree",
@@ -25,6 +27,7 @@ __all__ = [
     "config_to_hf",
     "cut",
     "flatten",
+    "forward",
     "init",
     "load",
     "lora_parameters",

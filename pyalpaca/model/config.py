@@ -14,6 +14,7 @@ class LlamaConfig:
     """Dimensions and constants of a LLaMA-shaped model (LLaMA 1, 2, 3 and what descends from them).
 
     `rope_scaling` is Hugging Face's record of the same name ({"rope_type": "linear" | "llama3", "factor": ..}) or None.
+    `lora_scale` is alpha / r of the LoRA factors, where the parameter tree holds some.
     Raises ValueError for dimensions that contradict each other.
     """
 
@@ -29,6 +30,7 @@ class LlamaConfig:
     rope_scaling: Mapping[str, Any] | None = None
     max_positions: int = 2048
     tie_embeddings: bool = False
+    lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):

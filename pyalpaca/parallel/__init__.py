@@ -1,0 +1,23 @@
+"""The parallel room: mesh, tensor-parallel axis, pipeline schedules and their interpreter, on torch.distributed."""
+
+from pyalpaca.parallel.axis import tensor_axis
+from pyalpaca.parallel.collectives import all_gather_columns, all_reduce, all_reduce_buckets
+from pyalpaca.parallel.mesh import Mesh, close_mesh, find_device, init_mesh
+from pyalpaca.parallel.pipeline import run_pipeline
+from pyalpaca.parallel.schedule import Action, Simulation, one_f_one_b, simulate
+
+__all__ = [
+    "Action",
+    "Mesh",
+    "Simulation",
+    "all_gather_columns",
+    "all_reduce",
+    "all_reduce_buckets",
+    "close_mesh",
+    "find_device",
+    "init_mesh",
+    "one_f_one_b",
+    "run_pipeline",
+    "simulate",
+    "tensor_axis",
+]

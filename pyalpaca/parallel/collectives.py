@@ -1,0 +1,53 @@
+"""The few collectives that the runtime uses; each is the identity where its group is None (an axis of size 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_BUCKET_BYTES = 32 << 20
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The reduction of x over the group; x itself is overwritten where it is contiguous."""
+    if group is None:
+        return x
+    x = x.contiguous()
+    dist.all_reduce(x, op, group)
+    return x
+
+
+def all_reduce_buckets(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum each tensor over the group, in place; small ones travel together in buckets of 32 MB."""
+    if group is None:
+        return
+    bucket: list[Tensor] = []
+
+    def flush() -> None:
+        if not bucket:
+            return
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        bucket.clear()
+
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > _BUCKET_BYTES):
+            flush()
+            size = 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    flush()
+
+
+def all_gather_columns(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Concatenate the ranks' last dimensions, of `sizes` columns; shares need not be equal."""
+    wide = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
+    parts = [torch.empty_like(wide) for _ in sizes]
+    dist.all_gather(parts, wide, group)
+    return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
