@@ -1,0 +1,20 @@
+"""The operators of the model, each differentiable and served by one of several backends (C++, NPU, plain torch).
+
+rms_norm(x, weight, eps), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...): fp32, bf16 and fp16 on CPU run
+in C++, every other dtype and device in plain torch. PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")`
+choose by name; `backend_report()` says which backend serves which operator, and why.
+"""
+
+from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report
+from pyalpaca.ops.operators import flash_attention, flash_attention_lse, rms_norm, rope
+
+__all__ = [
+    "BACKENDS",
+    "OperatorReport",
+    "backend",
+    "backend_report",
+    "flash_attention",
+    "flash_attention_lse",
+    "rms_norm",
+    "rope",
+]

@@ -1,0 +1,125 @@
+"""Which backend serves an operator: asked for by name, or chosen from what is installed and what the tensors are."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyalpaca.ops import cpp, extension, npu, reference
+
+BACKENDS = ("auto", "cpp", "npu", "reference")
+OPERATORS = ("rms_norm", "rope", "flash_attention")
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    def refusal(self, operator: str, x: Tensor) -> str | None: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def rope(self, x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+    def flash_attention(
+        self, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+_MODULES: dict[str, Backend] = {"cpp": cpp, "npu": npu, "reference": reference}
+_asked: ContextVar[str | None] = ContextVar("pyalpaca_backend", default=None)
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """Who serves an operator for fp32 tensors on this machine's best device, and why."""
+
+    operator: str
+    backend: str
+    reason: str
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block, operators use the backend `name` (one of BACKENDS), whatever PYALPACA_BACKEND says."""
+    _check(name, "backend()")
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def choose(operator: str, x: Tensor) -> Backend:
+    """The module that serves `operator` on tensors like `x`. ValueError if the backend asked for by name can't."""
+    name = asked()
+    if name != "auto":
+        refusal = _MODULES[name].refusal(operator, x)
+        if refusal is not None:
+            raise ValueError(f"the backend {name!r}, asked for by name, can't serve {operator}: {refusal}")
+        return _MODULES[name]
+    preferred = _preferred(x.device, x.dtype)
+    refusal = _MODULES[preferred].refusal(operator, x)
+    if refusal is None:
+        return _MODULES[preferred]
+    message = f"{operator} falls back to plain torch: {refusal}"
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+    return reference
+
+
+def asked() -> str:
+    """The name asked for: by `with backend(...)`, else by PYALPACA_BACKEND, else auto."""
+    inner = _asked.get()
+    if inner is not None:
+        return inner
+    name = os.environ.get("PYALPACA_BACKEND") or "auto"
+    _check(name, "PYALPACA_BACKEND")
+    return name
+
+
+def backend_report() -> list[OperatorReport]:
+    """For each operator the backend that would serve it now, and the reason; nothing is warned about or raised."""
+    device = torch.device("npu") if npu.problem() is None else torch.device("cpu")
+    name = asked()
+    candidate = _preferred(device, torch.float32) if name == "auto" else name
+    x = torch.empty(1, 1, 1, 128, device=device)
+    rows = []
+    for operator in OPERATORS:
+        refusal = _MODULES[candidate].refusal(operator, x)
+        if refusal is None:
+            why = "the automatic choice" if name == "auto" else "asked for by name"
+            rows.append(OperatorReport(operator, candidate, f"{why}, {_description(candidate)}"))
+        elif name == "auto":
+            rows.append(OperatorReport(operator, "reference", f"fallback, because {refusal}"))
+        else:
+            rows.append(OperatorReport(operator, "none", f"{candidate} was asked for by name, but {refusal}"))
+    return rows
+
+
+def _preferred(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend made for such tensors. fp64 and devices without kernels of ours belong to the reference, no fallback."""
+    if device.type == "npu":
+        return "npu"
+    return "cpp" if device.type in ("cpu", "meta") and dtype != torch.float64 else "reference"
+
+
+def _description(name: str) -> str:
+    if name == "cpp":
+        info = extension.module().info()
+        return f"C++ kernels for {info['capability']}, built with torch {info['torch']}"
+    return "torch_npu's operators" if name == "npu" else "plain torch"
+
+
+def _check(name: str, where: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: found {name!r}, expected one of {', '.join(BACKENDS)}")

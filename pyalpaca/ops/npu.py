@@ -1,0 +1,75 @@
+"""The operators on an Ascend NPU, through torch_npu's own fused operators and their gradients."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyalpaca.ops import reference
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why no NPU can be used here, or None if one can."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed; `pip install pyalpaca[npu]` on a machine with an Ascend NPU"
+    if not _torch_npu().npu.is_available():
+        return "torch_npu finds no Ascend NPU; check the driver with `npu-smi info`"
+    return None
+
+
+def refusal(operator: str, x: Tensor) -> str | None:
+    """Why this backend can't serve `operator` on tensors like `x`, or None if it can."""
+    trouble = problem()
+    if trouble is not None:
+        return trouble
+    if x.device.type != "npu":
+        return f"the tensors are on {x.device.type}, expected npu"
+    if operator == "flash_attention" and x.dtype not in (torch.float16, torch.bfloat16):
+        return f"the tensors are {x.dtype}, torch_npu's attention takes float16 and bfloat16"
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y: Tensor = _torch_npu().npu_rms_norm(x, weight.to(x.dtype), epsilon=eps)[0]
+    return y
+
+
+def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def whole(angle: Tensor) -> Tensor:
+        doubled = torch.cat((angle, angle), dim=-1).unsqueeze(-2).to(x_BSHd.dtype)
+        return doubled if doubled.dim() == 4 else doubled[None]
+
+    y: Tensor = _torch_npu().npu_rotary_mul(x_BSHd, whole(cos), whole(sin), rotary_mode="half")
+    return y
+
+
+def flash_attention(
+    q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    num_queries, num_keys = q_BSHd.shape[1], k_BTKd.shape[1]
+    if causal and q_offset < 0:  # rows that see no key: torch_npu would give them the mean of all values
+        return reference.flash_attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
+    mask: dict[str, Any] = {}
+    if causal and num_queries == num_keys and q_offset == 0:
+        # sparse_mode 2 is the upper-left causal mask, which wants this very mask whatever the lengths are.
+        triangle = torch.ones(2048, 2048, dtype=torch.bool, device=q_BSHd.device).triu(1)
+        mask = {"atten_mask": triangle, "sparse_mode": 2}
+    elif causal:
+        last_key = torch.arange(num_queries, device=q_BSHd.device)[:, None] + q_offset
+        mask = {"atten_mask": torch.arange(num_keys, device=q_BSHd.device) > last_key}
+    out, maximum, total, *_ = _torch_npu().npu_fusion_attention(
+        q_BSHd, k_BTKd, v_BTKd, q_BSHd.shape[2], "BSND", scale=scale, **mask
+    )
+    # Both statistics come as (B, H, S, 8), the last dimension eight copies.
+    return out, (maximum + total.log())[..., 0]
+
+
+@functools.cache
+def _torch_npu() -> Any:
+    return importlib.import_module("torch_npu")

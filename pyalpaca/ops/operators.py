@@ -1,0 +1,69 @@
+"""The front door of the operators: arguments as the model gives them, to the backend that serves them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyalpaca.ops.backend import choose
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension: weight * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019).
+
+    x (..., D) and weight (D,), any floating dtypes -> like x. Reduced and scaled in fp32 or wider, rounded once.
+    """
+    return choose("rms_norm", x).rms_norm(x, weight, eps)
+
+
+def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in half-split order: the pair (x[i], x[i + d/2]) is turned by its angle (Su et al. 2021).
+
+    x (B, S, H, d) with d even; cos and sin fp32 (S, d/2), or (B, S, d/2) for positions that differ in a batch -> like x.
+    Differentiable in x, not in cos and sin.
+    """
+    return choose("rope", x_BSHd).rope(x_BSHd, cos, sin)
+
+
+def flash_attention(
+    q_BSHd: Tensor,
+    k_BTKd: Tensor,
+    v_BTKd: Tensor,
+    *,
+    causal: bool = True,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention softmax(scale q k^T) v, tile by tile with an online softmax (Dao 2023), without the S x T scores.
+
+    q (B, S, H, d), k and v (B, T, K, d) of the same dtype, H a multiple of K -> like q. If causal, query i sees the keys
+    j <= i + q_offset; a query that sees none gives 0. scale defaults to d**-0.5.
+    """
+    return _attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)[0]
+
+
+def flash_attention_lse(
+    q_BSHd: Tensor,
+    k_BTKd: Tensor,
+    v_BTKd: Tensor,
+    *,
+    causal: bool = True,
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attention` and the logsumexp of the scaled scores, (B, H, S) in fp32 or wider, -inf where no key is seen.
+
+    With it, attentions over parts of the keys can be merged. It carries no gradient.
+    """
+    return _attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
+
+
+def _attention(
+    q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    if k_BTKd.shape[2] == 0 or q_BSHd.shape[2] % k_BTKd.shape[2] != 0:
+        raise ValueError(
+            f"flash_attention: q has {q_BSHd.shape[2]} heads and k has {k_BTKd.shape[2]}; "
+            "expected a number of query heads that the number of key heads divides"
+        )
+    scale = q_BSHd.shape[-1] ** -0.5 if scale is None else scale
+    return choose("flash_attention", q_BSHd).flash_attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)

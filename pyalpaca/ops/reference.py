@@ -1,0 +1,54 @@
+"""The operators in plain torch: any dtype, any device, differentiable by autograd. The oracle of the tests and the fallback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refusal(operator: str, x: Tensor) -> str | None:
+    """Why this backend can't serve `operator` on tensors like `x`: it always can."""
+    return None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """fp32, or fp64 where the input is fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps), rounded once, to the dtype of x (Zhang and Sennrich 2019)."""
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * rstd * _wide(weight)).to(x.dtype)
+
+
+def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + d/2]) by their angles (Su et al. 2021, in Hugging Face's half-split order)."""
+    first, second = _wide(x_BSHd).chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHd.dtype)
+
+
+def flash_attention(
+    q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v and the logsumexp of the scores (B, H, S); the scores are held whole."""
+    num_queries, num_keys = q_BSHd.shape[1], k_BTKd.shape[1]
+    group = q_BSHd.shape[2] // max(k_BTKd.shape[2], 1)
+    q_BHSd = _wide(q_BSHd).transpose(1, 2)
+    k_BHTd = _wide(k_BTKd).transpose(1, 2).repeat_interleave(group, dim=1)
+    v_BHTd = _wide(v_BTKd).transpose(1, 2).repeat_interleave(group, dim=1)
+    scores_BHST = (q_BHSd * scale) @ k_BHTd.transpose(-1, -2)
+    if causal:
+        last_key = torch.arange(num_queries, device=q_BSHd.device)[:, None] + q_offset
+        hidden_ST = torch.arange(num_keys, device=q_BSHd.device) > last_key
+        scores_BHST = scores_BHST.masked_fill(hidden_ST, float("-inf"))
+    lse_BHS = torch.logsumexp(scores_BHST.detach(), dim=-1)
+    # A row that sees no key has lse -inf; with 0 in its place its probabilities are exp(-inf) = 0, and so is its output.
+    safe_BHS = lse_BHS.masked_fill(lse_BHS == float("-inf"), 0.0)
+    weight_BHST = torch.exp(scores_BHST - safe_BHS[..., None])
+    # The logsumexp was detached, so the gradient of the normalisation comes from dividing by the sum (1 up to rounding).
+    total_BHS1 = weight_BHST.sum(-1, keepdim=True)
+    weight_BHST = weight_BHST / total_BHS1.masked_fill(total_BHS1 == 0, 1.0)
+    return (weight_BHST @ v_BHTd).transpose(1, 2).to(q_BSHd.dtype), lse_BHS
