@@ -23,7 +23,7 @@ def run_pipeline(
     hidden_dtype: torch.dtype,
     mesh: Mesh,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the actions; return the gradients of `leaves` summed over micro-batches, and the losses (last stage only).
+    """Run the actions; return the gradients of `leaves`, summed over micro-batches in fp32, and the losses (last stage only).
 
     hidden_shape, hidden_dtype: of what passes between stages, the same for every micro-batch.
     """
@@ -59,7 +59,7 @@ def run_pipeline(
             if x is not None:
                 send(found.pop().contiguous(), -1, i)
             if grads is None:
-                grads = found
+                grads = [g.float() for g in found]
             else:
                 torch._foreach_add_(grads, found)
     for work, _ in in_transit:

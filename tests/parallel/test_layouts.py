@@ -1,0 +1,79 @@
+"""The same seed and data give the same losses and gradient norms in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from launch import launch
+from workers import cross_entropy, losses
+
+from pyalpaca.model import ONE_DEVICE, LlamaConfig
+from pyalpaca.train.config import TrainConfig
+
+MODEL = LlamaConfig(
+    vocab_size=157, hidden_size=64, intermediate_size=96, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=16, norm_eps=1e-5
+)
+FULL = TrainConfig(micro_batch_size=2, global_batch_size=8, lr=1e-2, steps=6, seq_length=16)
+LORA = replace(FULL, lora_r=4)
+STEPS = 6
+
+
+@cache
+def reference(config: TrainConfig) -> torch.Tensor:
+    return torch.tensor(losses(config, MODEL, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "world"),
+    [
+        pytest.param(2, 1, 2, id="tp2"),
+        pytest.param(1, 2, 2, id="pp2"),
+        pytest.param(1, 1, 2, id="dp2"),
+        pytest.param(2, 2, 4, id="tp2 pp2"),
+        pytest.param(4, 2, 8, id="tp4 pp2"),
+        pytest.param(4, 1, 4, id="tp4", marks=pytest.mark.long),
+        pytest.param(1, 4, 4, id="pp4", marks=pytest.mark.long),
+        pytest.param(2, 1, 4, id="tp2 dp2", marks=pytest.mark.long),
+        pytest.param(1, 2, 4, id="pp2 dp2", marks=pytest.mark.long),
+    ],
+)
+def test_losses_equal_those_of_one_process(tp: int, pp: int, world: int) -> None:
+    for found in launch(world, losses, replace(FULL, tp=tp, pp=pp), MODEL, STEPS):
+        torch.testing.assert_close(torch.tensor(found), reference(FULL), atol=1e-4, rtol=1e-4)
+
+
+def test_the_reference_learns() -> None:
+    assert reference(FULL)[-1, 0] != reference(FULL)[0, 0]
+    assert reference(LORA)[-1, 0] != reference(FULL)[-1, 0]
+
+
+def test_lora_with_full_embedding_and_head_gives_the_losses_of_one_process() -> None:
+    for found in launch(4, losses, replace(LORA, tp=2, pp=2), MODEL, STEPS):
+        torch.testing.assert_close(torch.tensor(found), reference(LORA), atol=1e-4, rtol=1e-4)
+
+
+def test_recomputation_changes_no_loss() -> None:
+    torch.testing.assert_close(reference(replace(FULL, recompute="full")), reference(FULL))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_follows_fp32(dtype: str) -> None:
+    torch.testing.assert_close(
+        reference(replace(FULL, dtype=dtype, lr=1e-3)), reference(replace(FULL, lr=1e-3)), atol=0, rtol=0.05
+    )
+
+
+def test_cross_entropy_over_two_ranks_equals_one() -> None:
+    logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0)) * 20
+    labels = torch.tensor([[0, 4, 5], [10, -100, 7]])
+    whole = logits.clone().requires_grad_()
+    expected = ONE_DEVICE.cross_entropy(whole, labels)
+    expected.sum().backward()
+    assert whole.grad is not None
+    parts = launch(2, cross_entropy, logits, labels)
+    for loss, _ in parts:
+        torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(torch.cat([grad for _, grad in parts], -1), whole.grad)
