@@ -1,0 +1,59 @@
+"""The checkpoint room: every layout is a lazy Reader over the same canonical tensors, and a writer from it."""
+
+from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, cast, memory_reader
+from pyalpaca.checkpoint.convert import LAYOUTS, convert, merge
+from pyalpaca.checkpoint.digest import combine, digest, tensor_digests
+from pyalpaca.checkpoint.hf import write_hf
+from pyalpaca.checkpoint.lora import write_adapter
+from pyalpaca.checkpoint.megatron_writer import padded_vocab, write_megatron
+from pyalpaca.checkpoint.meta import open_meta, write_meta
+from pyalpaca.checkpoint.native import (
+    NativeTensors,
+    find_native,
+    native_tensors,
+    read_native_meta,
+    write_latest,
+    write_native,
+    write_native_manifest,
+    write_native_shard,
+)
+from pyalpaca.checkpoint.open import open_checkpoint
+from pyalpaca.checkpoint.pth import read_json
+from pyalpaca.checkpoint.sizes import SIZES, size_by_name, size_of
+from pyalpaca.checkpoint.tokens import copy as copy_tokenizer
+from pyalpaca.checkpoint.tokens import count as count_tokens
+
+__all__ = [
+    "DTYPES",
+    "LAYOUTS",
+    "SIZES",
+    "NativeTensors",
+    "Piece",
+    "Reader",
+    "cast",
+    "combine",
+    "convert",
+    "copy_tokenizer",
+    "count_tokens",
+    "digest",
+    "find_native",
+    "memory_reader",
+    "merge",
+    "native_tensors",
+    "open_checkpoint",
+    "open_meta",
+    "padded_vocab",
+    "read_json",
+    "read_native_meta",
+    "size_by_name",
+    "size_of",
+    "tensor_digests",
+    "write_adapter",
+    "write_hf",
+    "write_latest",
+    "write_megatron",
+    "write_meta",
+    "write_native",
+    "write_native_manifest",
+    "write_native_shard",
+]

@@ -1,0 +1,219 @@
+"""Meta's layout: consolidated.NN.pth, params.json, tokenizer.model.
+
+A tensor is the concatenation over shards. Meta's rotary embedding turns neighbouring pairs, Hugging Face's the two halves
+of a head, so the rows of q and k are permuted within each head.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyalpaca.checkpoint import tokens
+from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, own, total_bytes
+from pyalpaca.checkpoint.hf import refuse_stale
+from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json
+from pyalpaca.checkpoint.sizes import size_of
+from pyalpaca.files import atomic_folder
+from pyalpaca.model import LlamaConfig, config_from_meta, cut, natural_key, parameters
+
+SHARDS = re.compile(r"consolidated\.(\d+)\.pth")
+_ENDS = {
+    "model.embed_tokens.weight": ("tok_embeddings.weight", 1),
+    "model.norm.weight": ("norm.weight", None),
+    "lm_head.weight": ("output.weight", 0),
+}
+_LAYER = {
+    "self_attn.q_proj": ("attention.wq", 0),
+    "self_attn.k_proj": ("attention.wk", 0),
+    "self_attn.v_proj": ("attention.wv", 0),
+    "self_attn.o_proj": ("attention.wo", 1),
+    "mlp.gate_proj": ("feed_forward.w1", 0),
+    "mlp.up_proj": ("feed_forward.w3", 0),
+    "mlp.down_proj": ("feed_forward.w2", 1),
+    "input_layernorm": ("attention_norm", None),
+    "post_attention_layernorm": ("ffn_norm", None),
+}
+
+
+def meta_name(name: str) -> tuple[str, int | None]:
+    """Meta's name of a canonical tensor and the dimension that shards cut; None: every shard holds all of it."""
+    if name in _ENDS:
+        return _ENDS[name]
+    _, _, layer, module = name.removesuffix(".weight").split(".", 3)
+    ours, dim = _LAYER[module]
+    return f"layers.{layer}.{ours}.weight", dim
+
+
+def interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k, whole heads (n d, D), from Hugging Face's order (two halves) to Meta's (pairs)."""
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def deinterleave(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `interleave`."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def is_meta(path: Path) -> bool:
+    """Whether a folder holds (or should hold, having a params.json) Meta's shards."""
+    return (path / "params.json").is_file() or any(SHARDS.fullmatch(f.name) for f in path.iterdir())
+
+
+def open_meta(path: Path) -> Reader:
+    """Open a folder in Meta's layout.
+
+    Raises ValueError or FileNotFoundError for a missing, truncated or foreign shard, too few of them, or an unknown tensor.
+    """
+    fields = read_json(path / "params.json")
+    names = sorted((f.name for f in path.iterdir() if SHARDS.fullmatch(f.name)), key=natural_key)
+    if not names:
+        raise FileNotFoundError(f"{path / 'consolidated.00.pth'}: not found, but params.json is there; download the shards")
+    last = int(SHARDS.fullmatch(names[-1])[1])  # type: ignore[index]
+    for i in range(last + 1):
+        if f"consolidated.{i:02d}.pth" not in names:
+            raise FileNotFoundError(
+                f"{path / f'consolidated.{i:02d}.pth'}: not found, but {names[-1]} is there; download the missing shard"
+            )
+    shards = [open_tensors(path / name) for name in names]
+    for key in ("tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight", "norm.weight"):
+        for shard in shards:
+            if key not in shard.shapes:
+                raise ValueError(f"{shard.path}: {key} missing; expected a shard of a LLaMA model in Meta's format")
+    head = "output.weight" if "output.weight" in shards[0].shapes else "tok_embeddings.weight"
+    rows = sum(s.shapes[head][0] for s in shards) if head == "output.weight" else shards[0].shapes[head][0]
+    width = sum(s.shapes["layers.0.feed_forward.w1.weight"][0] for s in shards)
+    config = config_from_meta(fields, vocab_size=rows, intermediate_size=width)
+    _check_count(path, config, shards)
+    dims = {p.name: meta_name(p.name) for p in parameters(config)}
+    if shards[0].shapes["tok_embeddings.weight"][1] == config.hidden_size and len(shards) > 1:
+        dims["model.embed_tokens.weight"] = ("tok_embeddings.weight", 0)  # Meta cuts LLaMA 3's embedding by rows
+    _check_keys(shards, {meta for meta, _ in dims.values()})
+    found = {name: _whole_shape(shards, meta, dim) for name, (meta, dim) in dims.items()}
+    shapes = check_shapes(path, config, found, f"the {len(shards)} shards and params.json must be of the same model")
+    _check_replicas(shards, [meta for meta, dim in dims.values() if dim is None])
+
+    def fetch(name: str, piece: Piece | None) -> Tensor:
+        meta, dim = dims[name]
+        if dim is None:
+            return shards[0].read(meta, piece)
+        parts = [(s.shapes[meta][dim], lambda cut, s=s: s.read(meta, cut)) for s in shards]
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            return join(dim, parts, piece)
+        d = config.head_dim
+        if piece is None or piece[0] == 1:
+            return deinterleave(join(0, parts, piece), d)
+        first, end = piece[1] // d * d, -(-piece[2] // d) * d  # the permutation stays within a head
+        return deinterleave(join(0, parts, (0, first, end)), d)[piece[1] - first : piece[2] - first]
+
+    dtypes = {name: shards[0].dtypes[meta] for name, (meta, _) in dims.items()}
+    return Reader("meta", path, config, shapes, dtypes, fetch, tokens.find(path, path.parent))
+
+
+def _whole_shape(shards: list[TensorFile], name: str, dim: int | None) -> tuple[int, ...]:
+    shape = list(shards[0].shapes[name])
+    if dim is not None:
+        shape[dim] = sum(s.shapes[name][dim] for s in shards)
+    return tuple(shape)
+
+
+def _check_count(path: Path, config: LlamaConfig, shards: list[TensorFile]) -> None:
+    """ValueError if the rows of q in all shards are not the model's: the most telling sign of a missing shard."""
+    rows = [s.shapes["layers.0.attention.wq.weight"][0] for s in shards]
+    if sum(rows) != config.hidden_size:
+        needed = f", {config.hidden_size // rows[0]} shards" if rows[0] and config.hidden_size % rows[0] == 0 else ""
+        raise ValueError(
+            f"{path}: {len(shards)} shard{'s' * (len(shards) > 1)} with {sum(rows)} rows of attention.wq found, params.json "
+            f"expects {config.hidden_size} rows{needed}; download the missing shards"
+        )
+
+
+def _check_keys(shards: list[TensorFile], expected: set[str]) -> None:
+    for shard in shards:
+        keys = {key for key in shard.shapes if not key.endswith(("rope.freqs", "inv_freq"))}
+        if missing := sorted(expected - keys, key=natural_key):
+            raise ValueError(
+                f"{shard.path}: {missing[0]} missing; expected the tensors of params.json's model, download it again"
+            )
+        if extra := sorted(keys - expected - {"output.weight"}, key=natural_key):
+            raise ValueError(
+                f"{shard.path}: {extra[0]} is in no LLaMA model of params.json's shape; is it another model's shard?"
+            )
+
+
+def _check_replicas(shards: list[TensorFile], names: list[str]) -> None:
+    """Norms are in every shard: where they differ, shards of two models have been mixed."""
+    for shard in shards[1:]:
+        for name in names:
+            if not torch.equal(shard.read(name, None), shards[0].read(name, None)):
+                raise ValueError(
+                    f"{shard.path}: {name} differs from that in {shards[0].path.name}; the shards are of different models"
+                )
+
+
+def params_json(config: LlamaConfig) -> dict[str, Any]:
+    """The fields of params.json, in the order and with the values that the original merge writes.
+
+    Only LLaMA 1 has a table entry: its epsilon is the table's; LLaMA 2's same shapes (4096 positions) keep their own.
+    """
+    size = size_of(config) if config.max_positions == 2048 else None
+    fields: dict[str, Any] = {
+        "dim": config.hidden_size,
+        "multiple_of": 256,
+        "n_heads": config.num_heads,
+        "n_layers": config.num_layers,
+        "norm_eps": size[1].norm_eps if size else config.norm_eps,
+        "vocab_size": -1,
+    }
+    if config.num_kv_heads != config.num_heads:
+        fields["n_kv_heads"] = config.num_kv_heads
+    if config.rope_theta != 10000.0:
+        fields["rope_theta"] = config.rope_theta
+    return fields
+
+
+def write_meta(reader: Reader, out: Path, *, num_shards: int | None = None) -> None:
+    """Write Meta's layout, one shard in memory at a time.
+
+    num_shards: by default as many as Meta published that size in, 1 for other shapes. Raises ValueError, before anything is
+    written, for a model that this layout can't express or can't cut so.
+    """
+    config = reader.config
+    size = size_of(config)
+    n = num_shards or (size[1].num_shards if size else 1)
+    if config.head_dim * config.num_heads != config.hidden_size:
+        raise ValueError(
+            f"{reader.path}: head_dim {config.head_dim} is not hidden size / heads, which Meta's format presumes; choose another"
+        )
+    if config.rope_scaling is not None:
+        raise ValueError(f"{reader.path}: its rope scaling can't be written in Meta's params.json; choose another format")
+    heads = config.num_heads, config.num_kv_heads
+    for what, total in (("heads", heads[0]), ("key/value heads", heads[1]), ("feed-forward rows", config.intermediate_size)):
+        if total % n:
+            raise ValueError(f"{total} {what} can't be cut into {n} shards; choose a number of shards that divides them")
+    table = {p.name: meta_name(p.name) for p in parameters(config)}
+    written = {f"consolidated.{i:02d}.pth" for i in range(n)}
+    refuse_stale(out, SHARDS, written)
+    bar = tqdm(total=total_bytes(reader), unit="B", unit_scale=True, desc="writing", disable=None)
+    with atomic_folder(out) as folder, bar:
+        for i in range(n):
+            shard: dict[str, Tensor] = {}
+            for name, (meta, dim) in table.items():
+                piece = None if dim is None else (dim, *cut(reader.shapes[name][dim], i, n, uneven=True))
+                tensor = reader.read(name, piece)
+                shard[meta] = own(interleave(tensor, config.head_dim) if meta.endswith(("wq.weight", "wk.weight")) else tensor)
+                bar.update(shard[meta].numel() * shard[meta].element_size())
+            if config.tie_embeddings:
+                shard["output.weight"] = own(
+                    reader.read("model.embed_tokens.weight", (0, *cut(config.vocab_size, i, n, uneven=True)))
+                )
+            torch.save(shard, folder / f"consolidated.{i:02d}.pth")
+        with (folder / "params.json").open("w") as file:
+            json.dump(params_json(config), file)
+        tokens.copy(reader.tokenizer, folder)

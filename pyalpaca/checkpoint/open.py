@@ -1,0 +1,49 @@
+"""The one door in: a path of any layout, with or without LoRA adapters, becomes a Reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyalpaca.checkpoint.canonical import Reader
+from pyalpaca.checkpoint.hf import is_hf, open_hf
+from pyalpaca.checkpoint.lora import is_adapter, merged
+from pyalpaca.checkpoint.megatron import find_megatron, open_megatron
+from pyalpaca.checkpoint.meta import is_meta, open_meta
+from pyalpaca.checkpoint.native import find_native, open_native
+
+
+def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_size: int | None = None) -> Reader:
+    """Open a model in Meta's, Hugging Face's, Megatron's (DeepSpeed's) or our own layout, which is recognised, lazily.
+
+    lora: adapters, merged in this order in the view that is returned (see `merged`).
+    vocab_size: of the real vocabulary, where the folder does not say it (Megatron pads it) or says it wrong (config.json).
+    Raises ValueError or FileNotFoundError, one sentence, for anything that is missing, damaged or does not fit together.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise FileNotFoundError(f"{where}: not found, expected a checkpoint folder; check the path")
+    if not where.is_dir():
+        raise ValueError(f"{where}: is a file, expected the folder that holds the checkpoint; give {where.parent}")
+    reader = _open(where, vocab_size)
+    return merged(reader, [Path(adapter) for adapter in lora]) if lora else reader
+
+
+def _open(path: Path, vocab_size: int | None) -> Reader:
+    if find_native(path) is not None:
+        return open_native(path)
+    if is_meta(path):
+        return open_meta(path)
+    if find_megatron(path) is not None:
+        return open_megatron(path, vocab_size)
+    if is_hf(path):
+        return open_hf(path, vocab_size)
+    if is_adapter(path):
+        raise ValueError(
+            f"{path}: is a LoRA adapter, expected a base model; name the base model here and give this folder as the adapter"
+        )
+    present = ", ".join(sorted(f.name for f in path.iterdir())[:5]) or "nothing"
+    raise ValueError(
+        f"{path}: no checkpoint recognised (it holds {present}); expected consolidated.NN.pth with params.json, "
+        f"pytorch_model*.bin or model*.safetensors with config.json, latest_checkpointed_iteration.txt, or manifest.json"
+    )

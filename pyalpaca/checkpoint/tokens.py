@@ -1,0 +1,111 @@
+"""Tokenizer files beside a checkpoint: which there are, how many ids they know, and copying them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pyalpaca.checkpoint.pth import check_head, read_json
+
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def find(*folders: Path) -> Path | None:
+    """The first folder that holds a tokenizer (tokenizer.model or tokenizer.json)."""
+    return next((f for f in folders if (f / "tokenizer.model").is_file() or (f / "tokenizer.json").is_file()), None)
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token as JSON files spell it: a string, or a record with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def count(folder: Path) -> int:
+    """How many ids a folder's tokenizer knows: SentencePiece's pieces (or tokenizer.json's) and the tokens added to them.
+
+    A special token named in special_tokens_map.json alone (old Alpaca adapters: `[PAD]`) is one more id, as in transformers.
+    """
+    known: dict[str, int] = {}
+    if (folder / "tokenizer.model").is_file():
+        path = folder / "tokenizer.model"
+        check_head(path, "a SentencePiece model")
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            pieces = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: is not a SentencePiece model ({error}); download it again") from None
+        known = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    else:
+        fields = read_json(folder / "tokenizer.json")
+        vocabulary = fields.get("model", {}).get("vocab", {})
+        known = dict(vocabulary) if isinstance(vocabulary, dict) else {str(p[0]): i for i, p in enumerate(vocabulary)}
+        known.update({t["content"]: t["id"] for t in fields.get("added_tokens", [])})
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        fields = read_json(folder / name)
+        if name == "added_tokens.json":
+            known.update(fields)
+        else:
+            decoder = fields.get("added_tokens_decoder") or {}
+            known.update({text: int(i) for i, t in decoder.items() if (text := _content(t)) is not None})
+    size = max(known.values(), default=-1) + 1
+    if (folder / "special_tokens_map.json").is_file():
+        fields = read_json(folder / "special_tokens_map.json")
+        listed = fields.pop("additional_special_tokens", None) or []
+        specials = {text for t in [*fields.values(), *listed] if (text := _content(t)) is not None}
+        size += len(specials - set(known))
+    return size
+
+
+def copy(source: Path | None, out: Path) -> list[str]:
+    """Copy the tokenizer files there are into `out`, and write those that transformers needs beside a lone tokenizer.model.
+
+    Old folders call the class LLaMATokenizer, which no release of transformers knows: it becomes LlamaTokenizer.
+    """
+    if source is None:
+        return []
+    copied = [name for name in FILES if (source / name).is_file()]
+    for name in copied:
+        if name == "tokenizer_config.json":
+            fields = read_json(source / name)
+            if fields.get("tokenizer_class") == "LLaMATokenizer":
+                write_json(out / name, {**fields, "tokenizer_class": "LlamaTokenizer"})
+                continue
+        shutil.copyfile(source / name, out / name)
+    if "tokenizer.model" in copied and "tokenizer_config.json" not in copied:
+        fields = {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            **_SPECIALS,
+            "clean_up_tokenization_spaces": False,
+            "legacy": True,
+            "model_max_length": 1000000000000000019884624838656,
+            "pad_token": None,
+            "sp_model_kwargs": {},
+            "tokenizer_class": "LlamaTokenizer",
+        }
+        write_json(out / "tokenizer_config.json", fields)
+        copied.append("tokenizer_config.json")
+    if "tokenizer.model" in copied and "special_tokens_map.json" not in copied:
+        write_json(out / "special_tokens_map.json", dict(_SPECIALS))
+        copied.append("special_tokens_map.json")
+    return copied
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """A JSON file as transformers writes it: two spaces, a newline at the end."""
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
