@@ -133,7 +133,7 @@ def _open_sentencepiece(file: Path, added: Mapping[int, AddedToken]) -> Tokenize
         model: Any = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"{file}: {file.stat().st_size:,} bytes that SentencePiece cannot read, expected a SentencePiece model; download it again"
+            f"{file}: SentencePiece cannot read its {file.stat().st_size:,} bytes, expected a model of it; download it again"
         ) from error
     size = model.get_piece_size()
     pieces = model.id_to_piece(list(range(size)))
