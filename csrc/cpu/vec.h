@@ -1,0 +1,158 @@
+// Eight floats at a time, in the compiler's vector extension: one source for every instruction set, x86 and ARM alike.
+// bf16 and fp16 are converted where they are loaded and stored; all arithmetic is fp32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#define PYALPACA_INLINE inline __attribute__((always_inline))
+
+namespace pyalpaca::cpu::PYALPACA_ISA {
+namespace {
+
+constexpr int64_t kLanes = 8;
+typedef float Vec __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef uint32_t Bits __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+PYALPACA_INLINE To as(const From& x) {
+  static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+  To y;
+  std::memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
+PYALPACA_INLINE Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+
+PYALPACA_INLINE float sum(Vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+PYALPACA_INLINE float max(Vec x) {
+  float m = x[0];
+  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+PYALPACA_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PYALPACA_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+PYALPACA_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// ---- fp16 where the processor does not convert it: bit by bit (IEEE 754 binary16).
+PYALPACA_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return as<float>(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
+  // Exponent and mantissa in fp32's places; 2^112 makes up for the other bias and normalises subnormals.
+  return as<float>(as<uint32_t>(as<float>(magnitude << 13) * 0x1p112f) | sign);
+}
+
+PYALPACA_INLINE uint16_t float_to_half(float x) {
+  const uint32_t bits = as<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65520 or more: inf
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 makes fp32 round at the last place of binary16
+    return static_cast<uint16_t>(sign | (as<uint32_t>(as<float>(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13);
+}
+
+// ---- loads and stores of 8 elements, and of one
+PYALPACA_INLINE Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+PYALPACA_INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
+
+PYALPACA_INLINE Vec load(const BFloat16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof(h));
+  return as<Vec>(__builtin_convertvector(h, Bits) << 16);
+}
+PYALPACA_INLINE void store(BFloat16* p, Vec x) {
+  const Bits bits = as<Bits>(x);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  const Bits result = x == x ? rounded : (bits >> 16 | 0x40);     // a NaN stays one
+  const Halves h = __builtin_convertvector(result, Halves);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+PYALPACA_INLINE Vec load(const Half* p) {
+#ifdef __F16C__
+  return as<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = half_to_float(p[i].bits);
+  return x;
+#endif
+}
+PYALPACA_INLINE void store(Half* p, Vec x) {
+#ifdef __F16C__
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(x[i]);
+#endif
+}
+
+PYALPACA_INLINE float load_one(const float* p) { return *p; }
+PYALPACA_INLINE float load_one(const BFloat16* p) { return as<float>(static_cast<uint32_t>(p->bits) << 16); }
+PYALPACA_INLINE float load_one(const Half* p) { return half_to_float(p->bits); }
+PYALPACA_INLINE void store_one(float* p, float x) { *p = x; }
+PYALPACA_INLINE void store_one(BFloat16* p, float x) {
+  const uint32_t bits = as<uint32_t>(x);
+  p->bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : (bits >> 16 | 0x40));
+}
+PYALPACA_INLINE void store_one(Half* p, float x) { p->bits = float_to_half(x); }
+
+// e^x for x <= 88, within 2 units in the last place; 0 below -87.3 (where fp32 turns subnormal), NaN for NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial (next term below 2^-27), 2^n by the exponent bits.
+PYALPACA_INLINE Vec exp(Vec x) {
+  const Vec magic = splat(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits
+  const Vec shifted = x * 0x1.715476p0f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts: n times the first is exact
+  Vec p = splat(1.0f / 5040.0f);
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Vec power = as<Vec>((as<Bits>(shifted) + 127) << 23);
+  return x < -87.3f ? splat(0.0f) : p * power;
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Calls f with the element type of `dtype`, as an empty value Type<T>.
+template <class F>
+PYALPACA_INLINE void with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return f(Type<float>());
+    case Dtype::kBFloat16:
+      return f(Type<BFloat16>());
+    case Dtype::kHalf:
+      return f(Type<Half>());
+  }
+}
+
+}  // namespace
+}  // namespace pyalpaca::cpu::PYALPACA_ISA
