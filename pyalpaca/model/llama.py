@@ -69,11 +69,13 @@ def forward(
     *,
     cache: list[LayerCache] | None = None,
     recompute: bool = False,
+    last_only: bool = False,
 ) -> Tensor:
     """Logits (B, S, V / axis.size) from token ids (B, S); hidden states (B, S, D) in or out on a pipeline's inner stages.
 
     cache: one LayerCache a layer of the tree, all filled to the same position, which is where x begins.
     recompute: keep only each layer's input for the backward pass and compute the rest again.
+    last_only: logits of the last position alone (B, 1, V / axis.size), all that generation needs of a prompt.
     """
     x_BSD = axis.embedding(params["embed"], x) if "embed" in params else x
     start = cache[0].start if cache else 0
@@ -85,5 +87,7 @@ def forward(
             x_BSD = layer(weights, x_BSD, table, config, axis, cache[i] if cache else None)
     if "norm" not in params:
         return x_BSD
+    if last_only:
+        x_BSD = x_BSD[:, -1:]
     head_VD = params["embed"] if config.tie_embeddings else params["head"]
     return F.linear(axis.enter(rms_norm(x_BSD, params["norm"], config.norm_eps)), head_VD)

@@ -59,9 +59,16 @@ def initial(parameter: Parameter, seed: int, std: float = 0.02) -> Tensor:
     return torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
 
 
-def init(table: Iterable[Parameter], seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 0, ranks: int = 1) -> Tree:
+def init(
+    table: Iterable[Parameter],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    ranks: int = 1,
+) -> Tree:
     """The parameter tree of a table (a whole model's or a stage's), cut for one tensor-parallel rank."""
-    return load(table, lambda p, piece: whole_slice(initial(p, seed), piece), dtype, rank, ranks)
+    return load(table, lambda p, piece: whole_slice(initial(p, seed), piece), dtype, device, rank, ranks)
 
 
 def whole_slice(tensor: Tensor, piece: tuple[int, int, int] | None) -> Tensor:
@@ -73,10 +80,13 @@ def load(
     table: Iterable[Parameter],
     read: Callable[[Parameter, tuple[int, int, int] | None], Tensor],
     dtype: torch.dtype,
+    device: torch.device | str = "cpu",
     rank: int = 0,
     ranks: int = 1,
 ) -> Tree:
-    """The parameter tree of a table, each leaf from `read(parameter, piece)`, contiguous and in `dtype`."""
-    return unflatten(
-        {p.path: read(p, shard(p, rank, ranks)).to(dtype).clone(memory_format=torch.contiguous_format) for p in table}
-    )
+    """The parameter tree of a table, each leaf from `read(parameter, piece)`, as a contiguous copy of its own."""
+
+    def leaf(p: Parameter) -> Tensor:
+        return read(p, shard(p, rank, ranks)).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+    return unflatten({p.path: leaf(p) for p in table})

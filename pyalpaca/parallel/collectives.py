@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,3 +52,19 @@ def all_gather_columns(x: Tensor, sizes: list[int], group: dist.ProcessGroup) ->
     parts = [torch.empty_like(wide) for _ in sizes]
     dist.all_gather(parts, wide, group)
     return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
+
+
+def broadcast(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The x of the group's first rank, on every rank."""
+    if group is not None:
+        dist.broadcast(x, group=group, group_src=0)
+    return x
+
+
+def broadcast_object(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """The value of the group's first rank, on every rank; any object that can be pickled."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]

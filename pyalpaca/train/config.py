@@ -31,6 +31,7 @@ class TrainConfig:
     model: str = _setting("", "model to start from: a folder in any layout (Hugging Face, Meta, Megatron, native)")
     lora: str = _setting("", "adapters merged into the model on the way, in order: A,B")
     data: str = _setting("", "prefix of the indexed data set that preprocess_data.py wrote")
+    data_type: str = _setting("instruction", "one sample a record, or text cut to seq_length", ("instruction", "text"))
     output: str = _setting("", "folder of the run: metrics.jsonl, checkpoints")
     vocab_size: int = _setting(0, "real vocabulary of a Megatron folder without config.json (0: the folder says)")
 

@@ -36,7 +36,7 @@ def losses(config: TrainConfig, model: LlamaConfig, steps: int) -> list[tuple[fl
         table = table + factors
     table = stage_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
-    params = init(table, 7, dtype, mesh.tp_rank, mesh.tp)
+    params = init(table, 7, dtype, "cpu", mesh.tp_rank, mesh.tp)
     mine = frozenset(p.path for p in table) & trainable
     setup = Setup(config, model, mesh, tensor_axis(mesh, model.vocab_size), {p.path: p for p in table}, mine)
     optimizer = init_optimizer({k: t for k, t in flatten(params).items() if k in mine})

@@ -1,0 +1,180 @@
+"""A training run: open what the settings name, step, log, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyalpaca.checkpoint import copy_tokenizer, open_checkpoint
+from pyalpaca.data import Data, batch, open_instruction_data, open_text_data, split_instruction_data, split_text_data
+from pyalpaca.files import atomic_file
+from pyalpaca.model import (
+    LlamaConfig,
+    Parameter,
+    flatten,
+    init,
+    load,
+    lora_parameters,
+    parameters,
+    shard,
+    stage_parameters,
+    unflatten,
+)
+from pyalpaca.parallel import Mesh, init_mesh, tensor_axis
+from pyalpaca.train.config import TrainConfig
+from pyalpaca.train.metrics import log_line, teraflops
+from pyalpaca.train.optimizer import init_optimizer
+from pyalpaca.train.saving import restore, save
+from pyalpaca.train.schedule import LossScale
+from pyalpaca.train.step import Setup, TrainState, train_step
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def open_data(config: TrainConfig) -> Data:
+    """The training part of the data set that the settings name."""
+    if config.data_type == "text":
+        return split_text_data(open_text_data(config.data, config.seq_length), config.split)[0]
+    return split_instruction_data(open_instruction_data(config.data), config.split)[0]
+
+
+def plan(model: LlamaConfig, config: TrainConfig, mesh: Mesh) -> Setup:
+    """Which parameters this rank holds and which of them learn. ValueError for what the layout can't cut."""
+    table = parameters(model)
+    trainable = {p.path for p in table}
+    if config.lora_r:
+        model = replace(model, lora_scale=(config.lora_alpha or 2 * config.lora_r) / config.lora_r)
+        factors = lora_parameters(table, config.lora_r, _words(config.lora_targets))
+        modules = {p.name.split(".")[-2]: p.path for p in table}
+        unknown = [name for name in _words(config.lora_full) if name not in modules]
+        if unknown:
+            raise ValueError(
+                f"lora_full names {unknown[0]!r}, but the model has no such module; it has {', '.join(sorted(modules))}"
+            )
+        full = {p.path for p in table if p.name.split(".")[-2] in _words(config.lora_full)}
+        trainable = {p.path for p in factors} | full
+        table = [*table, *factors]
+    if model.tie_embeddings and mesh.pp > 1:
+        raise ValueError(f"the model ties its embeddings, which live on two stages with pp {mesh.pp}; train it with pp 1")
+    for p in table:
+        shard(p, mesh.tp_rank, mesh.tp)
+    stage = {p.path: p for p in stage_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp)}
+    return Setup(config, model, mesh, tensor_axis(mesh, model.vocab_size), stage, frozenset(stage) & trainable)
+
+
+def start(config: TrainConfig, setup: Setup, reader: Any) -> TrainState:
+    """The state before the first step: weights from the reader, LoRA factors from the seed, zero moments."""
+    mesh, dtype = setup.mesh, _DTYPES[config.dtype]
+    known: list[Parameter] = [p for p in setup.table.values() if p.name in reader.shapes]
+    fresh = [p for p in setup.table.values() if p.name not in reader.shapes]
+    given = load(known, lambda p, piece: reader.read(p.name, piece), dtype, mesh.device, mesh.tp_rank, mesh.tp)
+    made = init(fresh, config.seed, dtype, mesh.device, mesh.tp_rank, mesh.tp)
+    params = unflatten({**flatten(given), **flatten(made)})
+    scale = LossScale(config.loss_scale, 0, config.hysteresis) if config.dtype == "fp16" else LossScale()
+    return TrainState(params, init_optimizer({k: t for k, t in flatten(params).items() if k in setup.trainable}), scale)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _keep_records(path: Path, steps: int) -> None:
+    """Drop the records of steps that the checkpoint does not know, so that the file continues without a seam."""
+    kept = (
+        [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= steps]
+        if path.exists()
+        else []
+    )
+    with atomic_file(path) as partial:
+        partial.write_text("".join(kept))
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run the training that `config` describes; returns its summary (on every rank).
+
+    Writes {output}/metrics.jsonl (one record a step), {output}/train.json (the settings) and {output}/step_XXXXXXX.
+    ValueError before anything is written for settings, model and data that do not fit together.
+    """
+    mesh = init_mesh(config.tp, config.pp, config.timeout)
+    rows = config.global_batch_size // mesh.dp
+    if config.global_batch_size % (mesh.dp * config.micro_batch_size):
+        raise ValueError(
+            f"global batch size {config.global_batch_size} is not a multiple of micro batch size {config.micro_batch_size} "
+            f"x data-parallel size {mesh.dp}"
+        )
+    reader = open_checkpoint(config.model, lora=_words(config.lora), vocab_size=config.vocab_size or None)
+    setup, data, run = plan(reader.config, config, mesh), open_data(config), Path(config.output)
+    if config.resume and (run / "latest").exists():
+        state = restore(run, setup, _DTYPES[config.dtype])
+    else:
+        state = start(config, setup, reader)
+    first = state.step
+    main = mesh.rank == 0
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(reader.tokenizer, run)
+        _keep_records(run / "metrics.jsonl", first)
+        with atomic_file(run / "train.json") as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+    records: list[dict[str, float]] = []
+    bar = tqdm(total=config.steps, initial=first, unit="step", desc="training", disable=not main, file=sys.stderr)
+    began = time.perf_counter()
+    while state.step < config.steps:
+        mine = slice(mesh.dp_rank * rows, (mesh.dp_rank + 1) * rows)
+        found = batch(
+            data, state.samples, config.global_batch_size, config.seed, config.seq_length, config.pad_to or "length", mine
+        )
+        tokens, labels = (x.to(mesh.device).unflatten(0, (-1, config.micro_batch_size)) for x in found)
+        state, metrics = train_step(state, tokens, labels, setup)
+        now = time.perf_counter()
+        seconds, began = now - began, now
+        factor = 4 if config.recompute == "full" else 3
+        record = {
+            **dataclasses.asdict(metrics),
+            "step": state.step,
+            "samples": state.samples,
+            "seconds": seconds,
+            "global_batch_size": config.global_batch_size,
+            "seq_length": tokens.shape[-1],
+            "skipped": state.step - state.updates - state.nan_steps,
+            "nan_steps": state.nan_steps,
+            "samples_per_second": config.global_batch_size / seconds,
+            "tflops": teraflops(factor, config.global_batch_size, tokens.shape[-1], setup.model, seconds, mesh.world),
+        }
+        records.append(record)
+        if main:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if state.step % config.log_every == 0 or state.step == config.steps:
+                tqdm.write(log_line(record, config.steps), file=sys.stdout)
+            bar.update()
+        if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
+            save(state, setup, run)
+    bar.close()
+    return summary(records, mesh)
+
+
+def summary(records: list[dict[str, float]], mesh: Mesh) -> dict[str, Any]:
+    """What a finished run says of itself: losses, and throughput per device without the first step, which warms up."""
+    if not records:
+        return {"steps": 0}
+    timed = records[1:] or records
+    seconds = sum(r["seconds"] for r in timed)
+    tokens = sum(r["global_batch_size"] * r["seq_length"] for r in timed)
+    return {
+        "steps": len(records),
+        "loss_first": records[0]["loss"],
+        "loss_last": records[-1]["loss"],
+        "seconds_per_step": seconds / len(timed),
+        "samples_per_second_per_device": sum(r["global_batch_size"] for r in timed) / seconds / mesh.world,
+        "tokens_per_second_per_device": tokens / seconds / mesh.world,
+    }
