@@ -4,7 +4,7 @@ from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, cast, memory_re
 from pyalpaca.checkpoint.convert import LAYOUTS, convert, merge
 from pyalpaca.checkpoint.digest import combine, digest, tensor_digests
 from pyalpaca.checkpoint.hf import write_hf
-from pyalpaca.checkpoint.lora import write_adapter
+from pyalpaca.checkpoint.lora import describe_merge, write_adapter
 from pyalpaca.checkpoint.megatron_writer import padded_vocab, write_megatron
 from pyalpaca.checkpoint.meta import open_meta, write_meta
 from pyalpaca.checkpoint.native import (
@@ -35,6 +35,7 @@ __all__ = [
     "convert",
     "copy_tokenizer",
     "count_tokens",
+    "describe_merge",
     "digest",
     "find_native",
     "memory_reader",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ def digest(reader: Reader) -> str:
     return combine(line for _, line in tensor_digests(reader))
 
 
-def combine(lines: Iterator[str]) -> str:
+def combine(lines: Iterable[str]) -> str:
     """The digest of a checkpoint from its tensors' lines."""
     total = hashlib.sha256()
     for line in lines:

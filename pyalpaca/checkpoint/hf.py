@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pyalpaca.checkpoint import tokens
 from pyalpaca.checkpoint.canonical import Reader, check_shapes, dtype_name, own, total_bytes
+from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.checkpoint.pth import open_tensors, read_json, write_safetensors
 from pyalpaca.checkpoint.tokens import write_json
 from pyalpaca.files import atomic_folder
@@ -156,7 +157,7 @@ def plan_shards(reader: Reader, weights: str, max_shard_size: str = "5GB") -> di
 
 def write_hf(
     reader: Reader,
-    out: Path,
+    out: str | Path,
     *,
     weights: str = "safetensors",
     max_shard_size: str = "5GB",
@@ -173,7 +174,7 @@ def write_hf(
     names = sorted(set(place.values()), key=natural_key)
     index = f"{KINDS[weights]}.{weights}.index.json"
     sharded = names != [f"{KINDS[weights]}.{weights}"]
-    refuse_stale(out, WEIGHTS, {*names, *([index] if sharded else [])})
+    refuse_mixing(out, {*names, *([index] if sharded else [])})
     bar = tqdm(total=total_bytes(reader), unit="B", unit_scale=True, desc="writing", disable=None)
     with atomic_folder(out) as folder, bar:
         for file in names:
@@ -194,15 +195,3 @@ def _reading(reader: Reader, names: list[str], bar: Any) -> Iterator[tuple[str, 
         tensor = reader.read(name)
         yield name, tensor
         bar.update(tensor.numel() * tensor.element_size())
-
-
-def refuse_stale(out: Path, pattern: re.Pattern[str], written: set[str]) -> None:
-    """ValueError if the folder holds files of this layout that would not be overwritten: a later reader would mix two models."""
-    if not out.is_dir():
-        return
-    stale = sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file() and pattern.fullmatch(str(f.relative_to(out))))
-    left = [name for name in stale if name not in written]
-    if left:
-        raise ValueError(
-            f"{out / left[0]}: is of another model and would be mixed with the new files; remove it or choose another folder"
-        )

@@ -156,6 +156,19 @@ def delta(adapter: Adapter, name: str) -> Tensor:
     return (product.T if adapter.transpose else product) * adapter.scale
 
 
+def describe_merge(names: Iterable[str], paths: Sequence[str | Path]) -> list[str]:
+    """One line for each tensor that an adapter replaces or adds to, in order."""
+    adapters = [open_adapter(Path(path)) for path in paths]
+    lines = []
+    for name in names:
+        for adapter in adapters:
+            if name in adapter.full:
+                lines.append(f"{name}: replaced by {adapter.path}")
+            if name in adapter.factors:
+                lines.append(f"{name}: B @ A * {adapter.scale:g} added from {adapter.path}")
+    return lines
+
+
 def _check_targets(base: Reader, adapter: Adapter, rows: int) -> None:
     """Every key matches a tensor of the base, and in shape; the vocabulary has `rows` rows once the adapter is in."""
     where = adapter.file.path
@@ -220,7 +233,7 @@ def _check_vocabularies(base: Reader, adapters: Iterable[Adapter]) -> None:
 
 
 def write_adapter(
-    out: Path,
+    out: str | Path,
     tensors: Mapping[str, Tensor],
     *,
     r: int,

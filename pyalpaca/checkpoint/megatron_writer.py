@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from tqdm import tqdm
 
 from pyalpaca.checkpoint import tokens
 from pyalpaca.checkpoint.canonical import Reader, own
-from pyalpaca.checkpoint.hf import refuse_stale, write_config
+from pyalpaca.checkpoint.hf import write_config
 from pyalpaca.checkpoint.megatron import ENDS, INV_FREQ, LAYER_PREFIX, MODULES, TRACKERS, inverse_frequencies
+from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.files import atomic_folder
 from pyalpaca.model import LlamaConfig, parameters, shard, stage_layers, stage_parameters
-
-_FILES = re.compile(r"release/mp_rank_.*\.pt|latest|latest_checkpointed_iteration\.txt")
 
 
 def padded_vocab(vocab_size: int, divisible_by: int, tp: int) -> int:
@@ -42,7 +40,7 @@ def check_parallel(config: LlamaConfig, tp: int, pp: int) -> None:
 
 def write_megatron(
     reader: Reader,
-    out: Path,
+    out: str | Path,
     *,
     tp: int = 1,
     pp: int = 1,
@@ -67,7 +65,7 @@ def write_megatron(
     check_parallel(config, tp, pp)
     files = {(rank, stage): _file_name(rank, stage, pp, deepspeed) for stage in range(pp) for rank in range(tp)}
     tracker = TRACKERS["deepspeed" if deepspeed else "megatron"]
-    refuse_stale(out, _FILES, {*files.values(), tracker})
+    refuse_mixing(out, {*files.values(), tracker})
     table = parameters(config)
     bar = tqdm(files.items(), desc="writing", unit="file", disable=None)
     with atomic_folder(out) as folder, bar:

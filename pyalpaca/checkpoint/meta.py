@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pyalpaca.checkpoint import tokens
 from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, own, total_bytes
-from pyalpaca.checkpoint.hf import refuse_stale
+from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json
 from pyalpaca.checkpoint.sizes import size_of
 from pyalpaca.files import atomic_folder
@@ -178,7 +178,7 @@ def params_json(config: LlamaConfig) -> dict[str, Any]:
     return fields
 
 
-def write_meta(reader: Reader, out: Path, *, num_shards: int | None = None) -> None:
+def write_meta(reader: Reader, out: str | Path, *, num_shards: int | None = None) -> None:
     """Write Meta's layout, one shard in memory at a time.
 
     num_shards: by default as many as Meta published that size in, 1 for other shapes. Raises ValueError, before anything is
@@ -199,7 +199,7 @@ def write_meta(reader: Reader, out: Path, *, num_shards: int | None = None) -> N
             raise ValueError(f"{total} {what} can't be cut into {n} shards; choose a number of shards that divides them")
     table = {p.name: meta_name(p.name) for p in parameters(config)}
     written = {f"consolidated.{i:02d}.pth" for i in range(n)}
-    refuse_stale(out, SHARDS, written)
+    refuse_mixing(out, {*written, "params.json"})
     bar = tqdm(total=total_bytes(reader), unit="B", unit_scale=True, desc="writing", disable=None)
     with atomic_folder(out) as folder, bar:
         for i in range(n):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
 from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, check_shapes, dtype_name, own, raw_bytes
+from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json, write_safetensors
 from pyalpaca.files import atomic_file, atomic_folder
 from pyalpaca.model import LlamaConfig, natural_key
@@ -198,12 +199,13 @@ def open_native(path: Path) -> Reader:
     )
 
 
-def write_native(reader: Reader, out: Path, meta: Mapping[str, Any] | None = None) -> None:
+def write_native(reader: Reader, out: str | Path, meta: Mapping[str, Any] | None = None) -> None:
     """Write a reader's model as a native checkpoint, one shard for each layer, so that one layer is in memory at a time."""
     groups: dict[str, list[str]] = {}
     for name in reader.names:
         group = f"layer{int(name.split('.')[2]):03d}" if name.startswith("model.layers.") else "ends"
         groups.setdefault(group, []).append(name)
+    refuse_mixing(out, [MANIFEST])
     with atomic_folder(out) as folder:
         entries: list[Entry] = []
         for group, names in groups.items():
