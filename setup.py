@@ -1,0 +1,198 @@
+"""Builds the extension pyalpaca._C: CMakeLists.txt driven with ninja and pybind11, against the torch it will run with.
+
+pip builds in an isolated environment by default, with its own packages. A torch installed there, of another version than the
+one beside which pyalpaca will live, would give an extension that does not load. So torch is looked for where pyalpaca is going
+to be installed, isolated or not; only if there is none does an isolated build ask for one (setup_requires).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 10)  # has the stable C interface to its thread pool that csrc/cpu/threads.cpp calls
+TESTED_TORCH = "torch==2.13.0"
+BUILD_INFO = "_C.build.json"
+BUILD_TOOLS = ("cmake", "ninja", "pybind11")
+DEPENDENCIES = ["numpy>=1.23", "sentencepiece>=0.1.99", "safetensors>=0.4", "tqdm>=4.60", "tomli>=2; python_version < '3.11'"]
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch, read without importing it."""
+
+    folder: Path
+    version: str
+
+    @property
+    def minor(self) -> tuple[int, int]:
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(minor)
+
+    @property
+    def include(self) -> list[Path]:
+        return [self.folder / "include", self.folder / "include/torch/csrc/api/include"]
+
+    @property
+    def cxx11_abi(self) -> int:
+        config = self.folder / "share/cmake/Torch/TorchConfig.cmake"
+        found = re.search(r"_GLIBCXX_USE_CXX11_ABI=(\d)", config.read_text()) if config.exists() else None
+        return int(found.group(1)) if found else 1
+
+
+def find_torch() -> Torch | None:
+    """The torch beside which pyalpaca will be installed, else one of the build environment, else None."""
+    spec = find_spec("torch")
+    folders = [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")), *map(Path, site.getsitepackages())]
+    candidates = [folder / "torch" for folder in folders] + ([Path(spec.origin).parent] if spec and spec.origin else [])
+    for candidate in candidates:
+        version = candidate / "version.py"
+        if version.exists():
+            found = re.search(r"^__version__ = ['\"]([^'\"]+)", version.read_text(), re.MULTILINE)
+            if found:
+                return Torch(candidate, found.group(1))
+    return None
+
+
+def check_torch(torch: Torch | None) -> Torch:
+    """`torch` if the extension can be built with it; else one message."""
+    if torch is None:
+        raise SystemExit(
+            f"pyalpaca: no torch found in {sysconfig.get_path('purelib')}, expected one to build against; "
+            f"`pip install {TESTED_TORCH}` first, or leave out --no-build-isolation"
+        )
+    if torch.minor < OLDEST_TORCH:
+        raise SystemExit(
+            f"pyalpaca: found torch {torch.version} in {torch.folder}, expected {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer; "
+            f"`pip install {TESTED_TORCH}` first"
+        )
+    if not (torch.folder / "include/ATen").is_dir():
+        raise SystemExit(f"pyalpaca: torch {torch.version} in {torch.folder} has no C++ headers; `pip install {TESTED_TORCH}`")
+    return torch
+
+
+def torch_requirement(torch: Torch | None) -> str:
+    """The range of torch that the built extension loads with: C++ symbols change between minor versions."""
+    if torch is None:
+        return TESTED_TORCH
+    major, minor = torch.minor
+    return f"torch>={major}.{minor}.0,<{major}.{minor + 1}"
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: $CXX or the system's; else one message."""
+    asked = os.environ.get("CXX")
+    found = shlex.split(asked) if asked else next(([c] for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    advice = "install one (Debian, Ubuntu: `apt install g++`; openEuler: `yum install gcc-c++`) or name one in the variable CXX"
+    if found is None:
+        raise SystemExit(f"pyalpaca: no C++ compiler found (c++, g++, clang++), expected one that knows C++17; {advice}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <string_view>\nint main() { if constexpr (true) return std::string_view().size(); }\n")
+        command = [*found, "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            raise SystemExit(f"pyalpaca: {shlex.join(found)!r} does not compile C++17, expected a compiler that does; {advice}") from None
+    return found
+
+
+def check_tools() -> None:
+    """One message if the tools of the build are absent, as they can be without build isolation."""
+    absent = [tool for tool in BUILD_TOOLS if find_spec(tool) is None and not (tool != "pybind11" and shutil.which(tool))]
+    if absent:
+        raise SystemExit(
+            f"pyalpaca: {', '.join(absent)} not found, needed to build; `pip install {' '.join(absent)}`, "
+            "or leave out --no-build-isolation"
+        )
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise SystemExit(f"pyalpaca: {header} not found; install Python's headers (Debian, Ubuntu: `apt install python3-dev`)")
+
+
+def tool(name: str) -> str:
+    """The program of the package `name`: the package's own, whatever PATH says, else PATH's."""
+    if find_spec(name) is None:
+        return str(shutil.which(name))
+    module = __import__(name)
+    return str(Path(module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR) / name)
+
+
+def compile_extension(torch: Torch, compiler: list[str], build: Path) -> Path:
+    """Run CMake and ninja in the folder `build`; the extension's file. One message if either fails."""
+    import pybind11
+
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "PYALPACA_TORCH_INCLUDE": ";".join(str(folder) for folder in torch.include),
+        "PYALPACA_TORCH_LIB": str(torch.folder / "lib"),
+        "PYALPACA_CXX11_ABI": str(torch.cxx11_abi),
+    }
+    if "CXX" not in os.environ:
+        options["CMAKE_CXX_COMPILER"] = shutil.which(compiler[0]) or compiler[0]
+    configure = [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items())]
+    for command in (configure, [tool("cmake"), "--build", str(build)]):
+        if subprocess.run(command, check=False).returncode != 0:
+            raise SystemExit(f"pyalpaca: compiling the extension failed, see above; the command was {shlex.join(command)}")
+    return next(build.glob("_C*" + sysconfig.get_config_var("EXT_SUFFIX")))
+
+
+def replace(source: Path, target: Path) -> None:
+    """Copy in such a way that a process which has the old file open keeps it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+class CMakeBuild(build_ext):
+    """setuptools' build_ext with CMake in place of its compiler."""
+
+    def build_extension(self, ext: Extension) -> None:
+        check_tools()
+        torch, compiler = check_torch(find_torch()), find_compiler()
+        build = Path(self.build_temp).absolute() / f"torch-{torch.version}"
+        replace(compile_extension(torch, compiler, build), Path(self.get_ext_fullpath(ext.name)))
+        version = subprocess.run([*compiler, "--version"], check=False, capture_output=True, text=True).stdout.splitlines()
+        info = {"torch": torch.version, "compiler": version[0] if version else compiler[0]}
+        self.info(Path(self.build_lib)).write_text(json.dumps(info) + "\n", encoding="utf-8")
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            built = Path(self.get_ext_fullpath(ext.name))
+            replace(built, ROOT / "pyalpaca" / built.name)
+            replace(self.info(Path(self.build_lib)), self.info(ROOT))
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self.info(Path(self.build_lib)))]
+
+    def info(self, root: Path) -> Path:
+        return root / "pyalpaca" / BUILD_INFO
+
+
+if __name__ == "__main__":
+    torch = find_torch()
+    setup(
+        ext_modules=[Extension("pyalpaca._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+        setup_requires=[] if torch else [TESTED_TORCH],
+        install_requires=[torch_requirement(torch and check_torch(torch)), *DEPENDENCIES],
+    )
