@@ -121,8 +121,8 @@ class IndexedWriter:
     def add(self, sequence: Sequence[int] | npt.NDArray[Any]) -> None:
         """Append one sequence, (length,). ValueError if a value does not fit the dtype."""
         values = np.asarray(sequence)
-        array = values.astype(self._dtype)
-        if self._dtype.kind != "f" and not np.array_equal(array, values):
+        array = values.astype(self._dtype, copy=False)
+        if self._dtype.kind != "f" and values.dtype != self._dtype and not np.array_equal(array, values):
             raise ValueError(
                 f"{self._prefix}: sequence {len(self.lengths)} holds values from {values.min()} to {values.max()}, "
                 f"which {self._dtype} cannot hold; choose a wider dtype"

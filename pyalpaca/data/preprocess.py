@@ -11,10 +11,13 @@ from functools import lru_cache, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from pyalpaca.data.indexed import indexed_writer
-from pyalpaca.data.instruction import HANDLERS, PRETRAIN, Sample, encode_record, encode_text
+from pyalpaca.data.instruction import HANDLERS, PRETRAIN, encode_record, encode_text
 from pyalpaca.data.prompts import find_template
 from pyalpaca.data.records import Record, read_records
 from pyalpaca.data.tokenizer import load_tokenizer
@@ -69,21 +72,29 @@ class Summary:
     vocab_size: int
 
 
-# The sequences of one record, by key; all sequences of a key are one document.
-Document = dict[str, list[Sample]]
+class Encoded(NamedTuple):
+    """One sequence of a record: its columns by key, (length,) int32 each, and whether it was cut."""
+
+    columns: dict[str, npt.NDArray[np.int32]]
+    cut: bool
 
 
-def encode(job: Job, item: tuple[int, Record]) -> Document:
-    """The document of one record, given with its number from 1. ValueError naming file and number if the record is bad."""
+def encode(job: Job, item: tuple[int, Record]) -> list[Encoded]:
+    """The sequences of one record, given with its number from 1. ValueError naming file and number if the record is bad."""
     number, record = item
     tokenizer = _tokenizer(job.tokenizer)
     where = f"{job.input}: record {number}"
     if job.handler == PRETRAIN:
         texts = {key: encode_text(record, key, where, tokenizer, job.append_eod, job.limit) for key in job.json_keys}
-        return {key: [sample] for key, sample in texts.items() if sample is not None}
+        return [_pack({key: sample.input_ids}, sample.cut) for key, sample in texts.items() if sample is not None]
     template = find_template(job.prompt_template)
     samples = encode_record(HANDLERS[job.handler], record, where, tokenizer, template, job.append_eod, job.limit)
-    return dict.fromkeys(INSTRUCTION_KEYS, samples) if samples else {}
+    return [_pack({key: getattr(sample, key) for key in INSTRUCTION_KEYS}, sample.cut) for sample in samples]
+
+
+def _pack(columns: dict[str, list[int]], cut: bool) -> Encoded:
+    # Arrays, because lists of numbers cost more to send to another process than the text to encode.
+    return Encoded({key: np.array(column, np.int32) for key, column in columns.items()}, cut)
 
 
 # Once a process: records come one by one, and a worker gets no more than the path of its tokenizer.
@@ -113,28 +124,26 @@ def preprocess(job: Job) -> Summary:
             documents, "encode", total, miniters=job.log_interval, mininterval=0, unit="record", file=sys.stderr
         ):
             totals["records"] += 1
-            for key, samples in document.items():
-                for sample in samples:
-                    writers[key].add(_column(sample, key))
-                    if job.handler == PRETRAIN or key == "input_ids":
-                        _count(totals, sample, tokenizer.eos_id)
+            for encoded in document:
+                for key, column in encoded.columns.items():
+                    writers[key].add(column)
+                _count(totals, encoded, tokenizer.eos_id)
+            for key in {key for encoded in document for key in encoded.columns}:
                 writers[key].end_document()
         if not totals["sequences"]:
             raise ValueError(f"{job.input}: none of its {totals['records']} records gave a sequence; check its content")
     return Summary(prefixes=tuple(job.prefixes.values()), vocab_size=tokenizer.vocab_size, **totals)
 
 
-def _count(totals: Counter[str], sample: Sample, eos_id: int) -> None:
+def _count(totals: Counter[str], encoded: Encoded, eos_id: int) -> None:
+    columns = list(encoded.columns.values())  # input_ids first and labels last, or a text that is both
+    ids, labels = columns[0], columns[-1]
     totals["sequences"] += 1
-    totals["tokens"] += len(sample.input_ids)
-    totals["learnt"] += sum(label >= 0 for label in sample.labels)
-    totals["longest"] = max(totals["longest"], len(sample.input_ids))
-    totals["cut"] += sample.cut
-    totals["unended"] += not sample.cut and sample.input_ids[-1] != eos_id
-
-
-def _column(sample: Sample, key: str) -> list[int]:
-    return {"labels": sample.labels, "attention_mask": sample.attention_mask}.get(key, sample.input_ids)
+    totals["tokens"] += len(ids)
+    totals["learnt"] += int(np.count_nonzero(labels >= 0))
+    totals["longest"] = max(totals["longest"], len(ids))
+    totals["cut"] += encoded.cut
+    totals["unended"] += not encoded.cut and int(ids[-1]) != eos_id
 
 
 def _in_order(function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import pyalpaca
 from pyalpaca.commands.preprocess_data import main
 from pyalpaca.data import Tokenizer, batch, open_indexed, open_instruction_data, open_text_data
 
@@ -16,6 +18,12 @@ KEYS = ("input_ids", "attention_mask", "labels")
 
 def run(source: Path, prefix: Path, tokenizer: Path, *flags: str) -> int:
     return main(["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-name-or-path", str(tokenizer), *flags])
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Another Python, which finds the package as this one does."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(pyalpaca.__file__).parents[1])}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
 INSTRUCTION = ("--handler-name", "GeneralInstructionHandler")
@@ -125,8 +133,8 @@ def test_records_without_text_are_not_a_data_set(llama_folder: Path, tmp_path: P
 def test_an_html_page_is_one_sentence_and_exit_status_2(llama_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "alpaca_data.json").write_text("\n\n<!DOCTYPE html>\n<html lang='en'>")
     tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
-    command = [sys.executable, str(tool), "--input", str(tmp_path / "alpaca_data.json"), "--output-prefix", str(tmp_path / "p")]
-    done = subprocess.run([*command, "--tokenizer-name-or-path", str(llama_folder), *INSTRUCTION], capture_output=True, text=True)
+    command = [str(tool), "--input", str(tmp_path / "alpaca_data.json"), "--output-prefix", str(tmp_path / "p")]
+    done = python(*command, "--tokenizer-name-or-path", str(llama_folder), *INSTRUCTION)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'alpaca_data.json'}: is an HTML page") and done.stderr.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["alpaca_data.json"]
@@ -135,8 +143,8 @@ def test_an_html_page_is_one_sentence_and_exit_status_2(llama_folder: Path, tmp_
 def test_help_answers_at_once_and_explains_every_flag() -> None:
     start = time.perf_counter()
     code = "import sys; from pyalpaca.commands.preprocess_data import main; main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert time.perf_counter() - start < 3
     assert done.returncode == 0 and done.stdout.count("accepted for compatibility") == 3
     code = "import sys, pyalpaca.commands.preprocess_data, pyalpaca.data; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert python("-c", code).stdout == "False\n"
