@@ -73,7 +73,7 @@ def write_megatron(
             names = [p.name for p in stage_parameters(table, config.num_layers, stage, pp)]
             if config.tie_embeddings and stage == pp - 1:
                 names.append("lm_head.weight")
-            flat = _rank_tensors(reader, names, rank, tp, dialect, merge_mlp, divisible_by)
+            flat = rank_tensors(reader, names, rank, tp, dialect, merge_mlp, divisible_by)
             model = flat if dialect == "A" else _nested(flat)
             content: dict[str, Any] = {"checkpoint_version": 3.0, "module" if deepspeed else "model": model}
             if deepspeed:
@@ -91,7 +91,7 @@ def _file_name(rank: int, stage: int, pp: int, deepspeed: bool) -> str:
     return f"release/mp_rank_{rank:02d}{f'_{stage:03d}' if pp > 1 else ''}/model_optim_rng.pt"
 
 
-def _rank_tensors(
+def rank_tensors(
     reader: Reader, names: list[str], rank: int, tp: int, dialect: str, merge_mlp: bool, divisible_by: int
 ) -> dict[str, Tensor]:
     """{dotted key: tensor} of one rank, in the order in which the original tool writes them."""

@@ -23,5 +23,5 @@ def refuse_mixing(out: str | Path, written: Iterable[str]) -> None:
     stale = [name for name in names if _WEIGHTS.fullmatch(name) and name not in set(written)]
     if stale:
         raise ValueError(
-            f"{folder / stale[0]}: belongs to another model and would be mixed with the new files; remove it or choose another folder"
+            f"{folder / stale[0]}: belongs to another model and would mix with the new files; remove it or choose a new folder"
         )

@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge_command(argv: Sequence[str] | None, script: str, output_dir: str) -> int:
     """Both scripts' command line; they differ in the default of --output_dir. Either streams tensor by tensor here."""
     parser = argparse.ArgumentParser(
-        description="Merge Chinese-LLaMA or Chinese-Alpaca LoRA adapters into a LLaMA base model in Hugging Face format. The order "
-        "of the adapters matters: LLaMA-Plus first, then Alpaca-Plus.",
+        description="Merge Chinese-LLaMA or Chinese-Alpaca LoRA adapters into a LLaMA base model in Hugging Face format. The "
+        "order of the adapters matters: LLaMA-Plus first, then Alpaca-Plus.",
         epilog=f"example: python tools/{script} --base_model llama-7b-hf "
         f"--lora_model chinese-llama-plus-lora-7b,chinese-alpaca-plus-lora-7b --output_type pth --output_dir merged",
     )
