@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from pyalpaca.data.downloads import refuse_downloads
 
 Record: TypeAlias = dict[str, Any]
 
@@ -34,37 +38,29 @@ def read_records(path: str | Path) -> tuple[Iterator[Record], int | None]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path)
-    with _text_errors(path), path.open(encoding="utf-8-sig") as stream:
-        start = stream.read(4096).lstrip()
-    if start.lower().startswith(("<!doctype", "<html", "<head", "<?xml")):
-        raise ValueError(
-            f"{path}: is an HTML page, expected records in JSON, JSON lines, CSV or text; the download link gave the web page "
-            "that shows the file, download the raw file instead"
-        )
+    with path.open("rb") as stream:
+        start = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    refuse_downloads(path, start, "records in JSON, JSON lines, CSV or text")
     if not start:
         raise ValueError(f"{path}: is empty, expected records; check the download")
     if suffix == ".csv":
         return _csv(path), None
     if suffix == ".txt":
         return ({"text": line} for _, line in _lines(path)), None
-    if start.startswith("{") and (suffix == ".jsonl" or _one_record_a_line(path)):
+    if start.startswith(b"{") and (suffix == ".jsonl" or _one_record_a_line(path)):
         return _json_lines(path), None
     return _json_list(path)
 
 
-class _text_errors:  # noqa: N801 (reads as the context it is)
-    """Turns a decoding error into the sentence a user can act on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UnicodeDecodeError):
-            raise ValueError(
-                f"{self.path}: byte {error.start:,} is no UTF-8, expected UTF-8 text; convert it, for example with iconv"
-            ) from error
+@contextmanager
+def _text_errors(path: Path) -> Iterator[None]:
+    """Turn a decoding error into the sentence a user can act on."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start:,} is no UTF-8, expected UTF-8 text; convert it, for example with iconv"
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyalpaca.data.downloads import refuse_downloads
+
 _SPACE = "▁"
 _UNKNOWN_CHARACTER = "\ufffd"
 _PADDING = ("[PAD]", "<pad>", "<PAD>")
@@ -128,7 +130,7 @@ def _open_sentencepiece(file: Path, added: Mapping[int, AddedToken]) -> Tokenize
     from sentencepiece import SentencePieceProcessor
 
     head = file.read_bytes()[:64]
-    _refuse_downloads(file, head, "a SentencePiece model")
+    refuse_downloads(file, head, "a SentencePiece model")
     try:
         model: Any = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
@@ -157,7 +159,7 @@ def _open_json(file: Path, added: Mapping[int, AddedToken]) -> Tokenizer:
             f"{file}: reading a tokenizer.json needs the package `tokenizers`, which is not installed; "
             "install it, or put the model's tokenizer.model beside it"
         ) from error
-    _refuse_downloads(file, file.read_bytes()[:64], "a tokenizer.json")
+    refuse_downloads(file, file.read_bytes()[:64], "a tokenizer.json")
     try:
         model = JsonTokenizer.from_file(str(file))
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -248,14 +250,3 @@ def _added_tokens(folder: Path) -> dict[int, AddedToken]:
                 f"{file}: is not the JSON that Hugging Face writes there ({error}); download it again or remove it"
             ) from error
     return added
-
-
-def _refuse_downloads(file: Path, head: bytes, expected: str) -> None:
-    """ValueError for the two things a download gives instead of a file: a web page and a Git LFS pointer."""
-    start = head.lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise ValueError(
-            f"{file}: is an HTML page, expected {expected}; the link led to a web page, download the raw file instead"
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file}: is a Git LFS pointer, expected {expected}; run `git lfs pull` where it came from")

@@ -67,6 +67,7 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.json", "\n\n<!DOCTYPE html>\n<html><body>", r"a\.json: is an HTML page, expected records.*download the raw file"),
+        ("a.json", "version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
         ("a.json", '{\n "data": [1]\n}', "holds an object, expected a list of records"),
         ("a.json", "[]", "holds an empty list"),
         ("a.json", '[{"instruction": "x"}, 7]', "record 2 is a number"),
