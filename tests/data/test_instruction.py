@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from pyalpaca.data import HANDLERS, Message, Tokenizer, find_template, generation_prompt, prompt_text
+from pyalpaca.data import HANDLERS, Message, Tokenizer, find_template, generation_prompt, prompt_text, read_records
 from pyalpaca.data.instruction import Sample, encode_record
 
 SYSTEM = (
@@ -151,3 +153,15 @@ def test_a_prompt_ends_with_the_user() -> None:
         prompt_text(template, [Message("user", "x"), Message("assistant", "y")])
     with pytest.raises(ValueError, match="'chatml' is not known, expected one of ascendspeed, alpaca"):
         find_template("chatml")
+
+
+def test_labels_equal_those_made_with_transformers(alpaca: Tokenizer, alpaca_folder: Path, shipped: Path) -> None:
+    """The original way: encode the whole text and the text before the answer, and count."""
+    from transformers import LlamaTokenizer
+
+    theirs = LlamaTokenizer.from_pretrained(alpaca_folder)
+    for record in list(read_records(shipped / "records.json")[0])[::7]:
+        (sample,) = encode(alpaca, "GeneralInstructionHandler", record)
+        source = f"\n{SYSTEM}\n### Instruction:\n{record['instruction']}\n{record['input']}\n### Response:\n"
+        ids, num_read = theirs.encode(source + record["output"] + "\n"), len(theirs.encode(source))
+        assert (sample.input_ids, sample.labels) == (ids, [-100] * num_read + ids[num_read:])
