@@ -117,6 +117,26 @@ def join(dim: int, parts: Sequence[tuple[int, Callable[[Piece | None], Tensor]]]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
+def joined_shape(
+    where: Path, name: str, parts: Sequence[tuple[tuple[int, ...], torch.dtype]], dim: int | None
+) -> tuple[int, ...]:
+    """The shape of a tensor that lies in parts of these shapes and types, cut along `dim` (None: all parts hold the whole).
+
+    ValueError if the parts don't fit together.
+    """
+    shape, dtype = list(parts[0][0]), parts[0][1]
+    for other, kind in parts:
+        alike = len(other) == len(shape) and all(a == b for i, (a, b) in enumerate(zip(other, shape, strict=True)) if i != dim)
+        if not alike or kind != dtype or len(shape) != (1 if dim is None else 2):
+            raise ValueError(
+                f"{where}: {name} is {_dims(shape)} {dtype_name(dtype)} in one file and {_dims(other)} "
+                f"{dtype_name(kind)} in another; the files must be of the same LLaMA model"
+            )
+    if dim is not None:
+        shape[dim] = sum(other[dim] for other, _ in parts)
+    return tuple(shape)
+
+
 def own(tensor: Tensor) -> Tensor:
     """The tensor in memory of exactly its own size: torch.save would write the whole of what a view looks at."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join
+from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape
 from pyalpaca.checkpoint.pth import open_torch, read_json
 from pyalpaca.checkpoint.sizes import SIZES
 from pyalpaca.model import LlamaConfig, config_from_hf, parameters, whole_slice
@@ -216,14 +216,18 @@ def _source(ranks: Ranks, config: LlamaConfig, name: str, dim: int | None) -> So
         if any(not torch.equal(other, held[0]) for other in held[1:]):
             raise ValueError(f"{ranks.folder}: {key} of stage {stage} differs between ranks; the files are of different runs")
         return Source(tuple(held[0].shape), held[0].dtype, lambda piece: whole_slice(held[0], piece))
-    views = [select(tensor) for tensor in held]
-    lengths = [_length(view, dim) for view in views]
-    shape = list(_flat_shape(views[0]))
-    shape[dim] = sum(lengths)
+    try:
+        views = [select(tensor) for tensor in held]
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{ranks.folder}: {key} of stage {stage} does not fit config.json ({error}); is it another model's?"
+        ) from None
+    shape = joined_shape(ranks.folder, key, [(_flat_shape(view), view.dtype) for view in views], dim)
+    lengths = [_flat_shape(view)[dim] for view in views]
     parts = [
         (length, lambda piece, view=view: whole_slice(_flat(view), piece)) for length, view in zip(lengths, views, strict=True)
     ]
-    return Source(tuple(shape), held[0].dtype, lambda piece: join(dim, parts, piece))
+    return Source(shape, held[0].dtype, lambda piece: join(dim, parts, piece))
 
 
 def _locate(ranks: Ranks, config: LlamaConfig, name: str) -> tuple[int, str, Callable[[Tensor], Tensor]]:
@@ -252,9 +256,7 @@ def fused_rows(fused: Tensor, config: LlamaConfig, which: str) -> Tensor:
     q = config.num_heads // config.num_kv_heads
     rows = (q + 2) * config.head_dim
     if fused.shape[0] % rows:
-        raise ValueError(
-            f"query_key_value has {fused.shape[0]} rows, no multiple of {rows}; the rank files and config.json must fit"
-        )
+        raise ValueError(f"{fused.shape[0]} rows are no multiple of {rows}")
     grouped = fused.view(-1, q + 2, config.head_dim, fused.shape[1])
     return grouped[:, {"q": slice(0, q), "k": slice(q, q + 1), "v": slice(q + 1, q + 2)}[which]]
 
@@ -265,10 +267,6 @@ def _flat_shape(view: Tensor) -> tuple[int, int]:
 
 def _flat(view: Tensor) -> Tensor:
     return view.reshape(_flat_shape(view))
-
-
-def _length(view: Tensor, dim: int) -> int:
-    return _flat_shape(view)[dim]
 
 
 def _config_from_shapes(path: Path, ranks: Ranks, vocab_size: int | None) -> LlamaConfig:

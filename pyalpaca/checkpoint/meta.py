@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, own, total_bytes
+from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape, own, total_bytes
 from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json
 from pyalpaca.checkpoint.sizes import size_of
@@ -95,7 +95,10 @@ def open_meta(path: Path) -> Reader:
     if shards[0].shapes["tok_embeddings.weight"][1] == config.hidden_size and len(shards) > 1:
         dims["model.embed_tokens.weight"] = ("tok_embeddings.weight", 0)  # Meta cuts LLaMA 3's embedding by rows
     _check_keys(shards, {meta for meta, _ in dims.values()})
-    found = {name: _whole_shape(shards, meta, dim) for name, (meta, dim) in dims.items()}
+    found = {
+        name: joined_shape(path, meta, [(s.shapes[meta], s.dtypes[meta]) for s in shards], dim)
+        for name, (meta, dim) in dims.items()
+    }
     shapes = check_shapes(path, config, found, f"the {len(shards)} shards and params.json must be of the same model")
     _check_replicas(shards, [meta for meta, dim in dims.values() if dim is None])
 
@@ -114,13 +117,6 @@ def open_meta(path: Path) -> Reader:
 
     dtypes = {name: shards[0].dtypes[meta] for name, (meta, _) in dims.items()}
     return Reader("meta", path, config, shapes, dtypes, fetch, tokens.find(path, path.parent))
-
-
-def _whole_shape(shards: list[TensorFile], name: str, dim: int | None) -> tuple[int, ...]:
-    shape = list(shards[0].shapes[name])
-    if dim is not None:
-        shape[dim] = sum(s.shapes[name][dim] for s in shards)
-    return tuple(shape)
 
 
 def _check_count(path: Path, config: LlamaConfig, shards: list[TensorFile]) -> None:

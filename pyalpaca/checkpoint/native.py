@@ -76,9 +76,10 @@ def write_native_shard(folder: Path, shard_id: str, tensors: Shard, kind: str) -
 
 def write_native_manifest(folder: Path, config: LlamaConfig, entries: Iterable[Entry], meta: Mapping[str, Any]) -> None:
     """Write the manifest over all shards' entries. `meta` is what the run wants back: step, data position, loss scale, ..."""
-    fields = {"format": "pyalpaca", "version": 1, "config": asdict(config), "meta": dict(meta), "tensors": list(entries)}
+    fields = {"format": "pyalpaca", "version": 1, "config": asdict(config), "meta": dict(meta)}
+    lines = ",\n".join(json.dumps(entry) for entry in entries)  # one line each: readable, and short for thousands
     with atomic_file(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(fields)[:-1] + f', "tensors": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def write_latest(run: Path, step_folder: str) -> None:
@@ -93,7 +94,7 @@ def find_native(path: Path) -> Path | None:
         return path
     if not (path / "latest").is_file():
         return None
-    name = (path / "latest").read_text(encoding="utf-8").strip()
+    name = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
     if Path(name).name != name or not name.startswith("step_"):
         return None
     if not (path / name / MANIFEST).is_file():
@@ -115,6 +116,9 @@ def _manifest(path: Path) -> tuple[Path, dict[str, Any]]:
         raise ValueError(
             f"{folder / MANIFEST}: format {fields.get('format')!r} version {fields.get('version')!r}, expected pyalpaca 1"
         )
+    keys = {"kind", "name", "dtype", "shape", "start", "size", "file", "crc32"}
+    if not {"config", "meta", "tensors"} <= set(fields) or not all(set(entry) >= keys for entry in fields["tensors"]):
+        raise ValueError(f"{folder / MANIFEST}: is incomplete, expected config, meta and tensors; use an earlier step")
     return folder, fields
 
 
@@ -170,7 +174,12 @@ def open_native(path: Path) -> Reader:
     """
     model = native_tensors(path, "model")
     fields = _manifest(path)[1]
-    config = LlamaConfig(**fields["config"])
+    try:
+        config = LlamaConfig(**fields["config"])
+    except TypeError as error:
+        raise ValueError(
+            f"{model.path / MANIFEST}: config can't be understood ({error}); was it written by a newer version?"
+        ) from None
     hint = f"{MANIFEST} describes an incomplete model; use an earlier step"
     shapes = check_shapes(model.path, config, model.shapes, hint)
     factors = {name for name in model.shapes if name.endswith((".lora_A.weight", ".lora_B.weight"))}

@@ -26,6 +26,10 @@ def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_
     if not where.is_dir():
         raise ValueError(f"{where}: is a file, expected the folder that holds the checkpoint; give {where.parent}")
     reader = _open(where, vocab_size)
+    if vocab_size not in (None, reader.config.vocab_size):
+        raise ValueError(
+            f"{where}: has a vocabulary of {reader.config.vocab_size}, {vocab_size} was given; leave the vocabulary size out"
+        )
     return merged(reader, [Path(adapter) for adapter in lora]) if lora else reader
 
 

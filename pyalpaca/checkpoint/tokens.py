@@ -35,7 +35,7 @@ def _content(token: Any) -> str | None:
 def count(folder: Path) -> int:
     """How many ids a folder's tokenizer knows: SentencePiece's pieces (or tokenizer.json's) and the tokens added to them.
 
-    A special token named in special_tokens_map.json alone (old Alpaca adapters: `[PAD]`) is one more id, as in transformers.
+    A special token that is named in a config alone (old Alpaca adapters: `[PAD]`) is one more id, as in transformers.
     """
     known: dict[str, int] = {}
     if (folder / "tokenizer.model").is_file():
@@ -48,27 +48,25 @@ def count(folder: Path) -> int:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path}: is not a SentencePiece model ({error}); download it again") from None
         known = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-    else:
+    if (folder / "tokenizer.json").is_file():
         fields = read_json(folder / "tokenizer.json")
-        vocabulary = fields.get("model", {}).get("vocab", {})
-        known = dict(vocabulary) if isinstance(vocabulary, dict) else {str(p[0]): i for i, p in enumerate(vocabulary)}
+        if not known:
+            vocabulary = fields.get("model", {}).get("vocab", {})
+            known = dict(vocabulary) if isinstance(vocabulary, dict) else {str(p[0]): i for i, p in enumerate(vocabulary)}
         known.update({t["content"]: t["id"] for t in fields.get("added_tokens", [])})
-    for name in ("added_tokens.json", "tokenizer_config.json"):
+    specials: set[str] = set()
+    for name in ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / name).is_file():
             continue
         fields = read_json(folder / name)
         if name == "added_tokens.json":
             known.update(fields)
-        else:
-            decoder = fields.get("added_tokens_decoder") or {}
-            known.update({text: int(i) for i, t in decoder.items() if (text := _content(t)) is not None})
-    size = max(known.values(), default=-1) + 1
-    if (folder / "special_tokens_map.json").is_file():
-        fields = read_json(folder / "special_tokens_map.json")
-        listed = fields.pop("additional_special_tokens", None) or []
-        specials = {text for t in [*fields.values(), *listed] if (text := _content(t)) is not None}
-        size += len(specials - set(known))
-    return size
+            continue
+        decoder = fields.get("added_tokens_decoder") or {}
+        known.update({text: int(i) for i, t in decoder.items() if (text := _content(t))})
+        named = [value for key, value in fields.items() if key.endswith("_token")]
+        specials |= {text for t in (*named, *(fields.get("additional_special_tokens") or [])) if (text := _content(t))}
+    return max(known.values(), default=-1) + 1 + len(specials - set(known))
 
 
 def copy(source: Path | None, out: Path) -> list[str]:
