@@ -2,6 +2,11 @@
 
 A special token written out in a text (`</s>`, `[PAD]`) is ordinary text here, never parsed: a user's words cannot end a
 document. Ask for `bos` and `eos`, or use the ids.
+
+A tokenizer.model is encoded by SentencePiece itself, as the models were trained. transformers 5 and a tokenizer.json that it
+wrote give the same ids for LLaMA's own vocabulary, but not for one merged with Chinese pieces: those all have the score 0,
+and where two of them overlap SentencePiece takes the leftmost, transformers the one with the lower id. Nor do they agree on
+runs of spaces.
 """
 
 from __future__ import annotations

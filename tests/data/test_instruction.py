@@ -155,13 +155,13 @@ def test_a_prompt_ends_with_the_user() -> None:
         find_template("chatml")
 
 
-def test_labels_equal_those_made_with_transformers(alpaca: Tokenizer, alpaca_folder: Path, shipped: Path) -> None:
+def test_labels_equal_those_made_with_transformers(llama: Tokenizer, llama_folder: Path, shipped: Path) -> None:
     """The original way: encode the whole text and the text before the answer, and count."""
     from transformers import LlamaTokenizer
 
-    theirs = LlamaTokenizer.from_pretrained(alpaca_folder)
+    theirs = LlamaTokenizer.from_pretrained(llama_folder)
     for record in list(read_records(shipped / "records.json")[0])[::7]:
-        (sample,) = encode(alpaca, "GeneralInstructionHandler", record)
+        (sample,) = encode(llama, "GeneralInstructionHandler", record)
         source = f"\n{SYSTEM}\n### Instruction:\n{record['instruction']}\n{record['input']}\n### Response:\n"
         ids, num_read = theirs.encode(source + record["output"] + "\n"), len(theirs.encode(source))
         assert (sample.input_ids, sample.labels) == (ids, [-100] * num_read + ids[num_read:])

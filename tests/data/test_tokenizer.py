@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from pyalpaca.data import Tokenizer, load_tokenizer, stream_decoder
+from pyalpaca.data import Tokenizer, load_tokenizer, read_records, stream_decoder
 
 TEXTS = [
     "Hello world",
@@ -23,6 +23,10 @@ TEXTS = [
     "trailing space ",
     "",
 ]
+
+
+def shipped_texts(shipped: Path) -> list[str]:
+    return [record["instruction"] + record["output"] for record in read_records(shipped / "records.json")[0]]
 
 
 @pytest.mark.parametrize("folder", ["llama_folder", "alpaca_folder"])
@@ -104,17 +108,25 @@ def test_tokens_added_beside_the_model_count_and_are_skipped(llama_folder: Path,
     assert tokenizer.decode([32001, 32000]) == "<tool>"
 
 
-def test_a_tokenizer_json_gives_the_same_ids(alpaca: Tokenizer, alpaca_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_json_gives_the_same_ids(llama: Tokenizer, llama_folder: Path, shipped: Path, tmp_path: Path) -> None:
     from transformers import LlamaTokenizer
 
-    LlamaTokenizer.from_pretrained(alpaca_folder).save_pretrained(tmp_path)
+    LlamaTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").unlink(missing_ok=True)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.path.name == "tokenizer.json"
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (49954, 1, 2, 49953)
-    for text in [*TEXTS, "</s> [PAD]"]:
-        assert tokenizer.encode(text, bos=True) == alpaca.encode(text, bos=True)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (32000, 1, 2, None)
+    for text in [*TEXTS, *shipped_texts(shipped), "</s> <s>"]:
+        assert tokenizer.encode(text, bos=True) == llama.encode(text, bos=True)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_merged_vocabulary_is_encoded_as_its_models_were_trained(alpaca: Tokenizer, shipped: Path) -> None:
+    """By SentencePiece: among the new pieces, whose scores are all 0, the leftmost wins; transformers 5 takes the lowest id."""
+    oracle = SentencePieceProcessor(model_file=str(alpaca.path))
+    for text in [*TEXTS, *shipped_texts(shipped)]:
+        assert alpaca.encode(text) == oracle.encode(text)
+    assert [alpaca.decode([i]) for i in alpaca.encode("首都是")] == ["", "首都", "是"]
 
 
 def test_without_the_package_a_tokenizer_json_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
