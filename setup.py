@@ -108,7 +108,9 @@ def find_compiler() -> list[str]:
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
-            raise SystemExit(f"pyalpaca: {shlex.join(found)!r} does not compile C++17, expected a compiler that does; {advice}") from None
+            raise SystemExit(
+                f"pyalpaca: {shlex.join(found)!r} does not compile C++17, expected a compiler that does; {advice}"
+            ) from None
     return found
 
 

@@ -1,0 +1,90 @@
+"""Every operator registered under torch.ops.pyalpaca, found by asking the registry, passes torch.library.opcheck."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ops_cases import backends_here, random
+
+import pyalpaca.ops
+
+pytestmark = pytest.mark.skipif("cpp" not in backends_here(), reason="the extension is not built")
+
+
+def registered() -> list[str]:
+    """The names of all operators of the namespace, without overload names."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted({name.split("::")[1].split(".")[0] for name in names if name.startswith("pyalpaca::")})
+
+
+def qkv(dtype: torch.dtype, queries: int, keys: int, heads: int, kv_heads: int, grad: bool = False) -> list[torch.Tensor]:
+    q = random(2, queries, heads, 16, dtype=dtype)
+    tensors = [q, *(random(2, keys, kv_heads, 16, dtype=dtype, seed=s) for s in (1, 2))]
+    return [x.requires_grad_(grad) for x in tensors]
+
+
+def attention_backward(*arguments: Any) -> tuple[Any, ...]:
+    q, k, v, *rest = arguments
+    out, lse = torch.ops.pyalpaca.flash_attention(q, k, v, *rest)
+    return (torch.ones_like(out), q, k, v, out, lse, *rest)
+
+
+def samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Operator -> argument lists; an operator without any fails the test below."""
+    half, bf16 = torch.float16, torch.bfloat16
+    cos = random(5, 4)
+    return {
+        "rms_norm": [
+            (random(2, 3, 8).requires_grad_(), random(8).requires_grad_(), 1e-6),
+            (random(3, 2, 9, dtype=bf16).transpose(0, 1).requires_grad_(), random(9), 1e-5),
+        ],
+        "rms_norm_backward": [
+            (random(2, 3, 8), random(2, 3, 8, seed=1), random(8), random(2, 3).abs()),
+            (random(4, 9, dtype=half), random(4, 9, dtype=half), random(9, dtype=half), random(4).abs()),
+        ],
+        "rope": [
+            (random(2, 5, 3, 8).requires_grad_(), cos, cos),
+            (random(2, 3, 5, 8, dtype=bf16).transpose(1, 2), random(2, 5, 4), random(2, 5, 4, seed=1), True),
+        ],
+        "flash_attention": [
+            (*qkv(torch.float32, 6, 9, 4, 2, grad=True), True, 3, 0.25),
+            (*(x.transpose(1, 2) for x in qkv(half, 3, 3, 5, 5)), False, 0, 0.5),
+        ],
+        "flash_attention_backward": [
+            attention_backward(*qkv(torch.float32, 6, 9, 4, 2), True, 3, 0.25),
+            attention_backward(*qkv(bf16, 7, 7, 2, 2), False, 0, 0.5),
+        ],
+    }
+
+
+def test_every_registered_operator_has_samples() -> None:
+    assert registered() == sorted(samples())
+
+
+@pytest.mark.parametrize("operator", sorted(samples()) if "cpp" in backends_here() else [])
+def test_opcheck(operator: str) -> None:
+    for arguments in samples()[operator]:
+        result = torch.library.opcheck(getattr(torch.ops.pyalpaca, operator).default, arguments)
+        assert set(result.values()) == {"SUCCESS"}
+
+
+def test_meta_tensors_go_through_the_front_door() -> None:
+    with pyalpaca.ops.backend("cpp"):
+        x = torch.empty(2, 6, 4, 16, device="meta")
+        assert pyalpaca.ops.flash_attention(x, x[:, :, :2], x[:, :, :2]).shape == x.shape
+        assert pyalpaca.ops.rope(x, torch.empty(6, 8, device="meta"), torch.empty(6, 8, device="meta")).device.type == "meta"
+        assert pyalpaca.ops.rms_norm(x, torch.empty(16, device="meta"), 1e-6).shape == x.shape
+
+
+def test_the_kernels_for_any_processor_pass_the_same_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYALPACA_CPU", "baseline")
+    here = Path(__file__).parent
+    files = [str(here / f"test_{name}.py") for name in ("rms_norm", "rope", "flash_attention")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpp and oracle", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
