@@ -145,7 +145,7 @@ def merged(base: Reader, paths: Sequence[Path]) -> Reader:
         shapes=shapes,
         dtypes=dict.fromkeys(shapes, torch.float16),
         fetch=fetch,
-        tokenizer=next((a.tokenizer for a in reversed(adapters) if a.tokenizer), base.tokenizer),
+        tokenizer=_tokenizer(base, adapters),
     )
 
 
@@ -197,7 +197,7 @@ def _check_targets(base: Reader, adapter: Adapter, rows: int) -> None:
             )
 
 
-def _check_vocabularies(base: Reader, adapters: Iterable[Adapter]) -> None:
+def _check_vocabularies(base: Reader, adapters: Sequence[Adapter]) -> None:
     """Embedding, head, tokenizer and order of the adapters fit together."""
     rows, before = base.config.vocab_size, base.path
     for adapter in adapters:
@@ -223,13 +223,28 @@ def _check_vocabularies(base: Reader, adapters: Iterable[Adapter]) -> None:
                 f"{adapter.tokenizer}: the tokenizer knows {size} tokens, but the adapter has no embeddings and the model "
                 f"before it has {rows}; is an adapter missing before it, or its embed_tokens?"
             )
-        # A vocabulary may be padded to a multiple of 8; any other surplus means the tokenizer of another model.
-        if size is not None and have and size != new and (size > new or new % 8 or new - size >= 128):
+        if size is not None and have and not _fits(size, new):
             raise ValueError(
                 f"{adapter.tokenizer}: the tokenizer knows {size} tokens, but the adapter's embed_tokens has {new} rows; "
                 f"put the tokenizer files that belong to this adapter beside it"
             )
         rows, before = new, adapter.path
+    last = _tokenizer(base, adapters)
+    if rows != base.config.vocab_size and last is not None and not _fits(size := tokens.count(last), rows):
+        raise ValueError(
+            f"{last}: the tokenizer knows {size} tokens, but the merged model has {rows}; "
+            f"put the last adapter's tokenizer files beside it"
+        )
+
+
+def _fits(size: int, rows: int) -> bool:
+    """Whether a tokenizer of `size` ids belongs to an embedding of `rows`: as many, or padded to a multiple of 8."""
+    return size == rows or (size < rows < size + 128 and rows % 8 == 0)
+
+
+def _tokenizer(base: Reader, adapters: Sequence[Adapter]) -> Path | None:
+    """The last adapter's tokenizer, of those that have one; else the base's."""
+    return next((a.tokenizer for a in reversed(adapters) if a.tokenizer), base.tokenizer)
 
 
 def write_adapter(

@@ -62,8 +62,9 @@ def deinterleave(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def is_meta(path: Path) -> bool:
-    """Whether a folder holds (or should hold, having a params.json) Meta's shards."""
-    return (path / "params.json").is_file() or any(SHARDS.fullmatch(f.name) for f in path.iterdir())
+    """Whether a folder holds Meta's shards, or should: it has a params.json and no config.json (Mistral's have both)."""
+    params_only = (path / "params.json").is_file() and not (path / "config.json").is_file()
+    return params_only or any(SHARDS.fullmatch(f.name) for f in path.iterdir())
 
 
 def open_meta(path: Path) -> Reader:
@@ -182,7 +183,9 @@ def write_meta(reader: Reader, out: str | Path, *, num_shards: int | None = None
     """
     config = reader.config
     size = size_of(config)
-    n = num_shards or (size[1].num_shards if size else 1)
+    n = num_shards if num_shards is not None else size[1].num_shards if size else 1
+    if n < 1:
+        raise ValueError(f"a model can't be written in {n} shards; choose at least 1")
     if config.head_dim * config.num_heads != config.hidden_size:
         raise ValueError(
             f"{reader.path}: head_dim {config.head_dim} is not hidden size / heads, which Meta's format presumes; choose another"

@@ -36,12 +36,14 @@ def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_
 def _open(path: Path, vocab_size: int | None) -> Reader:
     if find_native(path) is not None:
         return open_native(path)
+    if is_meta(path) and is_hf(path):
+        raise ValueError(f"{path}: holds both Meta's consolidated.NN.pth and Hugging Face's weights; move one of the models away")
     if is_meta(path):
         return open_meta(path)
-    if find_megatron(path) is not None:
-        return open_megatron(path, vocab_size)
     if is_hf(path):
         return open_hf(path, vocab_size)
+    if find_megatron(path) is not None:
+        return open_megatron(path, vocab_size)
     if is_adapter(path):
         raise ValueError(
             f"{path}: is a LoRA adapter, expected a base model; name the base model here and give this folder as the adapter"

@@ -185,6 +185,14 @@ def test_a_tensor_of_another_model_is_named(tmp_path):
     refused(folder, "model.norm.weight missing")
 
 
+def test_two_models_in_one_folder_are_refused(tmp_path):
+    folder = make_hf(tmp_path / "m")
+    (folder / "params.json").write_text("{}")
+    assert open_checkpoint(folder).layout == "hf"  # a params.json beside a config.json is no second model
+    (folder / "consolidated.00.pth").write_bytes(b"")
+    refused(folder, "holds both Meta's consolidated.NN.pth and Hugging Face's weights")
+
+
 def test_a_folder_of_something_else_is_named(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "notes.txt").write_text("hello")

@@ -237,6 +237,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(road, tmp_path):
     refused(road, tmp_path, [wrong], f"knows {PLUS_VOCAB} tokens.*{ALPACA_VOCAB} rows")
 
 
+def test_a_larger_vocabulary_without_a_tokenizer_for_it_is_refused(road, tmp_path):
+    bare = make_adapter(tmp_path / "bare", vocab=PLUS_VOCAB)
+    refused(road, tmp_path, [bare], f"base: the tokenizer knows {BASE_VOCAB} tokens, but the merged model has {PLUS_VOCAB}")
+
+
 def test_embeddings_without_a_head_are_refused(road, tmp_path):
     half = make_adapter(tmp_path / "half", vocab=PLUS_VOCAB)
     state = torch.load(half / "adapter_model.bin", weights_only=True)

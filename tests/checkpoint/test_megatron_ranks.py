@@ -121,6 +121,13 @@ def test_spelling_a_is_flat_and_spelling_b_nested(tmp_path):
     ]
     assert set(first["model"]) == {"embedding.word_embeddings.weight", *(f"language_model.layers.0.{key}" for key in layer)}
     assert set(last["model"]) - set(first["model"]) == {"language_model.final_layernorm.weight", "lm_head.lm_head.weight"}
+    write_megatron(model(), tmp_path / "plain", dialect="B")
+    encoder = state(tmp_path / "plain")["model"]["language_model"]["encoder"]
+    assert torch.equal(encoder["layers.1.mlp.dense_h_to_4h.weight"], tensors()["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(encoder["layers.1.mlp.gate_proj.weight"], tensors()["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(
+        first["model"]["language_model.layers.0.mlp.up_proj.weight"], tensors()["model.layers.0.mlp.up_proj.weight"][48:]
+    )
     write_megatron(model(), tmp_path / "b", dialect="B", merge_mlp=True)
     nested = state(tmp_path / "b")["model"]["language_model"]
     assert set(nested) == {"embedding", "encoder", "output_layer"}

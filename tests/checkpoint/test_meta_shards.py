@@ -99,6 +99,30 @@ def test_shards_are_cut_as_meta_cuts_them(tmp_path):
     )
 
 
+def test_names_and_permutation_are_metas(tmp_path):
+    write_meta(model(), tmp_path)
+    shard, whole = torch.load(tmp_path / "consolidated.00.pth", weights_only=True), tensors()
+    layer = "model.layers.1"
+    same = {
+        "tok_embeddings": "model.embed_tokens",
+        "output": "lm_head",
+        "norm": "model.norm",
+        "layers.1.attention.wv": f"{layer}.self_attn.v_proj",
+        "layers.1.attention.wo": f"{layer}.self_attn.o_proj",
+        "layers.1.feed_forward.w1": f"{layer}.mlp.gate_proj",
+        "layers.1.feed_forward.w2": f"{layer}.mlp.down_proj",
+        "layers.1.feed_forward.w3": f"{layer}.mlp.up_proj",
+        "layers.1.attention_norm": f"{layer}.input_layernorm",
+        "layers.1.ffn_norm": f"{layer}.post_attention_layernorm",
+    }
+    for meta, ours in same.items():
+        assert torch.equal(shard[f"{meta}.weight"], whole[f"{ours}.weight"]), meta
+    for x in "qk":
+        permuted = whole[f"{layer}.self_attn.{x}_proj.weight"].view(8, 2, 4, 64).transpose(1, 2).reshape(64, 64)
+        assert torch.equal(shard[f"layers.1.attention.w{x}.weight"], permuted)
+    assert len(shard) == 3 + 9 * 3
+
+
 def test_buffers_are_dropped_and_llama_3s_row_cut_embedding_is_known(tmp_path):
     write_meta(model(), tmp_path, num_shards=2)
     for i in range(2):
