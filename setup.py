@@ -129,16 +129,26 @@ def check_tools() -> None:
 
 def tool(name: str) -> str:
     """The program of the package `name`: the package's own, whatever PATH says, else PATH's."""
-    if find_spec(name) is None:
-        return str(shutil.which(name))
-    module = __import__(name)
-    return str(Path(module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR) / name)
+    if find_spec(name) is not None:
+        module = __import__(name)
+        own = Path(module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR) / name
+        if own.is_file():
+            return str(own)
+    return shutil.which(name) or name
+
+
+def forget_other_source(build: Path) -> None:
+    """Remove the folder `build` if it was configured for a source folder that has moved since: CMake refuses such a one."""
+    cache = build / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        shutil.rmtree(build)
 
 
 def compile_extension(torch: Torch, compiler: list[str], build: Path) -> Path:
     """Run CMake and ninja in the folder `build`; the extension's file. One message if either fails."""
     import pybind11
 
+    forget_other_source(build)
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_MAKE_PROGRAM": tool("ninja"),

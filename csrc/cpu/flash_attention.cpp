@@ -179,10 +179,13 @@ void run(const FlashAttention& a, const Task& task, int64_t most_rows) {
 void flash_attention(const FlashAttention& a) {
   const AttentionShape& s = a.shape;
   if (s.batch * s.queries * s.heads == 0) return;
-  const int64_t group = s.heads / s.kv_heads, pairs = s.batch * s.kv_heads, threads = num_threads();
+  const int64_t group = s.heads / s.kv_heads, pairs = s.batch * s.kv_heads;
+  const int64_t scores = s.batch * s.heads * s.queries * s.keys / (s.causal && s.queries > 1 ? 2 : 1);
+  const int64_t threads = worthy_threads(2 * scores * s.head_dim, num_threads());
   int64_t queries = min(max(kTaskRows / group, 1), s.queries);
   // With few heads, shorter runs give every thread something to do.
-  while (queries > kTile && pairs * ((s.queries + queries - 1) / queries) < 4 * threads) queries = (queries + 1) / 2;
+  while (threads > 1 && queries > kTile && pairs * ((s.queries + queries - 1) / queries) < 4 * threads)
+    queries = (queries + 1) / 2;
   const int64_t runs = (s.queries + queries - 1) / queries, tasks = pairs * runs;
   Queue queue;
   parallel(min(threads, tasks), 1, [&](int64_t, int64_t) {

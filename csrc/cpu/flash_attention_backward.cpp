@@ -139,9 +139,10 @@ void run(const FlashAttentionBackward& a, int64_t batch, int64_t kv_head) {
 
 void flash_attention_backward(const FlashAttentionBackward& a) {
   const AttentionShape& s = a.shape;
-  const int64_t tasks = s.batch * s.kv_heads;
+  const int64_t tasks = s.batch * s.kv_heads, scores = s.batch * s.heads * s.queries * s.keys / (s.causal ? 2 : 1);
+  const int64_t threads = worthy_threads(5 * scores * s.head_dim, num_threads());
   Queue queue;
-  parallel(min(num_threads(), tasks), 1, [&](int64_t, int64_t) {
+  parallel(min(threads, tasks), 1, [&](int64_t, int64_t) {
     for (int64_t t = queue.take(); t < tasks; t = queue.take()) {
       with_type(a.dtype, [&](auto type) { run<typename decltype(type)::type>(a, t / s.kv_heads, t % s.kv_heads); });
     }

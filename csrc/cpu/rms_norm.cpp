@@ -9,7 +9,7 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread
+constexpr int64_t kGrain = 65536;  // elements that are worth a thread
 
 template <class T>
 float sum_of_squares(const T* x, int64_t width) {

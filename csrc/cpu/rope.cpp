@@ -7,7 +7,7 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements that are worth a thread
+constexpr int64_t kGrain = 65536;  // elements that are worth a thread
 
 template <class T>
 void rotate(const T* x, const float* cos, const float* sin, float sign, T* y, int64_t half) {
