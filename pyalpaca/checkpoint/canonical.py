@@ -57,6 +57,18 @@ class Reader:
         return self.fetch(name, piece)
 
 
+def parse_config(path: Path, parse: Callable[[], LlamaConfig], num_tensors: int) -> LlamaConfig:
+    """`parse()`, its errors told as those of the file `path`; a damaged one may ask for more layers than there are tensors."""
+    try:
+        config = parse()
+        if config.num_layers > num_tensors:
+            raise ValueError(f"asks for {config.num_layers} layers, but the weights are {num_tensors} tensors")
+        return config
+    except (ValueError, TypeError, ArithmeticError, KeyError, AttributeError) as error:
+        reason = str(error).removeprefix(f"{path.name}: ")
+        raise ValueError(f"{path}: {reason}; expected the shape of a LLaMA model") from None
+
+
 def check_shapes(where: Path, config: LlamaConfig, found: Mapping[str, tuple[int, ...]], hint: str) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the model in Hugging Face's order; ValueError if `found` lacks a tensor or holds one of another shape."""
     shapes = {p.name: p.shape for p in parameters(config)}

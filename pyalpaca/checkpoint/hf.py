@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Reader, check_shapes, dtype_name, own, total_bytes
+from pyalpaca.checkpoint.canonical import Reader, check_shapes, dtype_name, own, parse_config, total_bytes
 from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.checkpoint.pth import open_tensors, read_json, write_safetensors
 from pyalpaca.checkpoint.tokens import write_json
@@ -37,11 +37,9 @@ def open_hf(path: Path, vocab_size: int | None = None) -> Reader:
     fields = read_json(path / "config.json")
     if vocab_size is not None:
         fields = {**fields, "vocab_size": vocab_size}
-    try:
-        config = config_from_hf(fields)
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
     files = {name: open_tensors(path / name) for name in _shard_names(path)}
+    num_tensors = sum(len(file.shapes) for file in files.values())
+    config = parse_config(path / "config.json", lambda: config_from_hf(fields), num_tensors)
     weight_map = {key: name for name, file in files.items() for key in file.shapes if not key.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         weight_map.pop("lm_head.weight", None)

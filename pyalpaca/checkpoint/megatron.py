@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape
+from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape, parse_config
 from pyalpaca.checkpoint.pth import open_torch, read_json
 from pyalpaca.checkpoint.sizes import SIZES
 from pyalpaca.model import LlamaConfig, config_from_hf, parameters, whole_slice
@@ -166,7 +166,10 @@ def open_megatron(path: Path, vocab_size: int | None = None) -> Reader:
     fields: dict[str, Any] = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if vocab_size is not None and fields:
         fields["vocab_size"] = vocab_size
-    config = config_from_hf(fields) if fields else _config_from_shapes(path, ranks, vocab_size)
+    if fields:
+        config = parse_config(path / "config.json", lambda: config_from_hf(fields), sum(len(state) for state, *_ in ranks.states))
+    else:
+        config = _config_from_shapes(path, ranks, vocab_size)
     if sum(ranks.layers) != config.num_layers:
         raise ValueError(f"{ranks.folder}: the stages hold {sum(ranks.layers)} layers, config.json says {config.num_layers}")
     if config.num_kv_heads % ranks.tp:

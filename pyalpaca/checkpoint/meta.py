@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape, own, total_bytes
+from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape, own, parse_config, total_bytes
 from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json
 from pyalpaca.checkpoint.sizes import size_of
@@ -83,14 +83,15 @@ def open_meta(path: Path) -> Reader:
                 f"{path / f'consolidated.{i:02d}.pth'}: not found, but {names[-1]} is there; download the missing shard"
             )
     shards = [open_tensors(path / name) for name in names]
-    for key in ("tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight", "norm.weight"):
+    for key in ("tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight", "output.weight"):
         for shard in shards:
-            if key not in shard.shapes:
-                raise ValueError(f"{shard.path}: {key} missing; expected a shard of a LLaMA model in Meta's format")
-    head = "output.weight" if "output.weight" in shards[0].shapes else "tok_embeddings.weight"
-    rows = sum(s.shapes[head][0] for s in shards) if head == "output.weight" else shards[0].shapes[head][0]
+            if len(shard.shapes.get(key, ())) != 2:
+                raise ValueError(f"{shard.path}: no matrix {key}; expected a shard of a LLaMA model in Meta's format")
+    rows = sum(s.shapes["output.weight"][0] for s in shards)
     width = sum(s.shapes["layers.0.feed_forward.w1.weight"][0] for s in shards)
-    config = config_from_meta(fields, vocab_size=rows, intermediate_size=width)
+    config = parse_config(
+        path / "params.json", lambda: config_from_meta(fields, vocab_size=rows, intermediate_size=width), len(shards[0].shapes)
+    )
     _check_count(path, config, shards)
     dims = {p.name: meta_name(p.name) for p in parameters(config)}
     if shards[0].shapes["tok_embeddings.weight"][1] == config.hidden_size and len(shards) > 1:
@@ -138,7 +139,7 @@ def _check_keys(shards: list[TensorFile], expected: set[str]) -> None:
             raise ValueError(
                 f"{shard.path}: {missing[0]} missing; expected the tensors of params.json's model, download it again"
             )
-        if extra := sorted(keys - expected - {"output.weight"}, key=natural_key):
+        if extra := sorted(keys - expected, key=natural_key):
             raise ValueError(
                 f"{shard.path}: {extra[0]} is in no LLaMA model of params.json's shape; is it another model's shard?"
             )

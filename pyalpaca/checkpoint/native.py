@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, check_shapes, dtype_name, own, raw_bytes
+from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, check_shapes, dtype_name, own, parse_config, raw_bytes
 from pyalpaca.checkpoint.mixing import refuse_mixing
 from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json, write_safetensors
-from pyalpaca.files import atomic_file, atomic_folder
+from pyalpaca.files import atomic_file, atomic_folder, sync
 from pyalpaca.model import LlamaConfig, natural_key
 
 MANIFEST = "manifest.json"
@@ -71,6 +71,7 @@ def write_native_shard(folder: Path, shard_id: str, tensors: Shard, kind: str) -
             }
         )
     write_safetensors(folder / file, {n: (tuple(t.shape), t.dtype) for n, t in data.items()}, data.items())
+    sync(folder / file)
     return entries
 
 
@@ -117,7 +118,9 @@ def _manifest(path: Path) -> tuple[Path, dict[str, Any]]:
             f"{folder / MANIFEST}: format {fields.get('format')!r} version {fields.get('version')!r}, expected pyalpaca 1"
         )
     keys = {"kind", "name", "dtype", "shape", "start", "size", "file", "crc32"}
-    if not {"config", "meta", "tensors"} <= set(fields) or not all(set(entry) >= keys for entry in fields["tensors"]):
+    kinds = {"config": dict, "meta": dict, "tensors": list}
+    whole = all(isinstance(fields.get(key), kind) for key, kind in kinds.items())
+    if not whole or not all(isinstance(entry, dict) and set(entry) >= keys for entry in fields["tensors"]):
         raise ValueError(f"{folder / MANIFEST}: is incomplete, expected config, meta and tensors; use an earlier step")
     return folder, fields
 
@@ -174,12 +177,7 @@ def open_native(path: Path) -> Reader:
     """
     model = native_tensors(path, "model")
     fields = _manifest(path)[1]
-    try:
-        config = LlamaConfig(**fields["config"])
-    except TypeError as error:
-        raise ValueError(
-            f"{model.path / MANIFEST}: config can't be understood ({error}); was it written by a newer version?"
-        ) from None
+    config = parse_config(model.path / MANIFEST, lambda: LlamaConfig(**fields["config"]), len(model.shapes))
     hint = f"{MANIFEST} describes an incomplete model; use an earlier step"
     shapes = check_shapes(model.path, config, model.shapes, hint)
     factors = {name for name in model.shapes if name.endswith((".lora_A.weight", ".lora_B.weight"))}

@@ -67,7 +67,7 @@ def open_torch(path: Path) -> dict[str, Any]:
     check_head(path, "a file written by torch.save")
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
-    if is_zip and not zipfile.is_zipfile(path):
+    if is_zip and not _has_directory(path):
         raise ValueError(
             f"{path}: is truncated ({path.stat().st_size} bytes, the end of the archive is missing); download it again"
         )
@@ -82,6 +82,14 @@ def open_torch(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     return content
+
+
+def _has_directory(path: Path) -> bool:
+    """Whether a zip archive has its end, the table of what is in it."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a table that makes no sense
+        return False
 
 
 @dataclass(frozen=True)
