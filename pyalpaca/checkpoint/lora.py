@@ -97,10 +97,11 @@ def _parse_keys(file: TensorFile) -> tuple[dict[str, str], dict[str, tuple[str, 
         if name.endswith("rotary_emb.inv_freq") or ".original_module." in name:
             continue  # buffers, and the copy of the base that old PEFT kept beside a saved module
         match = _FACTOR.fullmatch(name)
-        if match:
-            halves.setdefault(f"{match[1]}.weight", {})[match[2]] = key
-        else:
-            full[name] = key
+        group = halves.setdefault(f"{match[1]}.weight", {}) if match else full
+        place = match[2] if match else name
+        if place in group:
+            raise ValueError(f"{file.path}: {key} and {group[place]} are the same tensor; remove one of them")
+        group[place] = key
     for name, pair in halves.items():
         if len(pair) < 2:
             raise ValueError(

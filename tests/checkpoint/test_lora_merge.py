@@ -274,6 +274,14 @@ def test_half_a_factor_is_refused(road, tmp_path):
     refused(road, tmp_path, [adapter], "lora_A alone")
 
 
+def test_one_tensor_under_two_names_is_refused(road, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", vocab=BASE_VOCAB)
+    state = torch.load(adapter / "adapter_model.bin", weights_only=True)
+    state["base_model.model.lm_head.modules_to_save.weight"] = state["base_model.model.lm_head.weight"]
+    torch.save(state, adapter / "adapter_model.bin")
+    refused(road, tmp_path, [adapter], "are the same tensor")
+
+
 def test_an_html_page_is_named(road, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     (adapter / "adapter_config.json").write_text("<!DOCTYPE html><html>log in</html>")
