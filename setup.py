@@ -181,23 +181,19 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         check_tools()
         torch, compiler = check_torch(find_torch()), find_compiler()
-        build = Path(self.build_temp).absolute() / f"torch-{torch.version}"
-        replace(compile_extension(torch, compiler, build), Path(self.get_ext_fullpath(ext.name)))
+        built = compile_extension(torch, compiler, Path(self.build_temp).absolute() / f"torch-{torch.version}")
+        replace(built, Path(self.build_lib) / "pyalpaca" / built.name)
         version = subprocess.run([*compiler, "--version"], check=False, capture_output=True, text=True).stdout.splitlines()
         info = {"torch": torch.version, "compiler": version[0] if version else compiler[0]}
-        self.info(Path(self.build_lib)).write_text(json.dumps(info) + "\n", encoding="utf-8")
+        (Path(self.build_lib) / "pyalpaca" / BUILD_INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
-        for ext in self.extensions:
-            built = Path(self.get_ext_fullpath(ext.name))
-            replace(built, ROOT / "pyalpaca" / built.name)
-            replace(self.info(Path(self.build_lib)), self.info(ROOT))
+        for file in self.get_outputs():
+            replace(Path(file), ROOT / "pyalpaca" / Path(file).name)
 
     def get_outputs(self) -> list[str]:
-        return [*super().get_outputs(), str(self.info(Path(self.build_lib)))]
-
-    def info(self, root: Path) -> Path:
-        return root / "pyalpaca" / BUILD_INFO
+        extension = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+        return [str(Path(self.build_lib) / "pyalpaca" / name) for name in (extension, BUILD_INFO)]
 
 
 if __name__ == "__main__":
