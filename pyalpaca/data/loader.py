@@ -47,6 +47,10 @@ class InstructionData:
     def sample(self, index: int) -> tuple[Tokens, Tokens]:
         return self.input_ids[self.rows[index]], self.labels[self.rows[index]]
 
+    def silent(self, seq_length: int) -> int:
+        """How many samples have no label left once they are cut to `seq_length`: nothing is learnt from them."""
+        return sum(bool((self.labels[row][1 : seq_length + 1] == IGNORED).all()) for row in self.rows)
+
 
 @dataclass(frozen=True)
 class TextData:

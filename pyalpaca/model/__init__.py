@@ -3,7 +3,7 @@
 from pyalpaca.model.axis import ONE_DEVICE, Axis
 from pyalpaca.model.config import LlamaConfig, config_from_hf, config_from_meta, config_to_hf
 from pyalpaca.model.llama import LayerCache, forward
-from pyalpaca.model.params import Tree, flatten, init, load, tree_map, unflatten, whole_slice
+from pyalpaca.model.params import Tree, flatten, init, initial, load, tree_map, unflatten, whole_slice
 from pyalpaca.model.sharding import (
     Parameter,
     cut,
@@ -29,6 +29,7 @@ __all__ = [
     "flatten",
     "forward",
     "init",
+    "initial",
     "load",
     "lora_parameters",
     "natural_key",

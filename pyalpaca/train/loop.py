@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,22 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_data(config: TrainConfig) -> Data:
-    """The training part of the data set that the settings name."""
+    """The training part of the data set that the settings name. ValueError if no sample has anything to learn."""
     if config.data_type == "text":
         return split_text_data(open_text_data(config.data, config.seq_length), config.split)[0]
-    return split_instruction_data(open_instruction_data(config.data), config.split)[0]
+    data = split_instruction_data(open_instruction_data(config.data), config.split)[0]
+    silent = data.silent(config.seq_length)
+    if silent == len(data):
+        raise ValueError(
+            f"{config.data}: none of its {len(data)} samples has an answer within {config.seq_length} tokens; raise --seq-length"
+        )
+    if silent:
+        warnings.warn(
+            f"{config.data}: {silent} of {len(data)} samples have no answer within {config.seq_length} tokens and teach nothing; "
+            "raise --seq-length",
+            stacklevel=2,
+        )
+    return data
 
 
 def plan(model: LlamaConfig, config: TrainConfig, mesh: Mesh) -> Setup:
@@ -126,7 +139,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             partial.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
     records: list[dict[str, float]] = []
-    bar = tqdm(total=config.steps, initial=first, unit="step", desc="training", disable=not main, file=sys.stderr)
+    bar = tqdm(total=config.steps, initial=first, unit="step", desc="training", disable=None if main else True, file=sys.stderr)
     began = time.perf_counter()
     while state.step < config.steps:
         mine = slice(mesh.dp_rank * rows, (mesh.dp_rank + 1) * rows)
