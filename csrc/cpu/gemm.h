@@ -12,10 +12,10 @@ namespace {
 constexpr int64_t kColumns = 2 * kLanes;  // of one micro-tile
 constexpr int64_t kRows = 6;              // 6 x 2 accumulators, 2 of b and 1 of a fit 16 registers
 
-// How many threads a product of that many multiplications is worth: waking one for less than about 50 us gains nothing,
+// How many threads a product of that many multiplications is worth: waking one for less than about 30 us gains nothing,
 // and where other processes use the processor too it costs milliseconds.
 PYALPACA_INLINE int64_t worthy_threads(int64_t multiplications, int64_t threads) {
-  return max(min(multiplications >> 21, threads), 1);
+  return max(min(multiplications >> 20, threads), 1);
 }
 
 // The row length of a tile of `width` columns. The extra 64 bytes keep rows off each other's cache sets: with a power
