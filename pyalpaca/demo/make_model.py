@@ -75,8 +75,11 @@ def _chinese(text: str) -> bool:
     return any("\u4e00" <= c <= "\u9fff" for c in text)
 
 
-def make(out: Path, seed: int = 42, steps: int = 40) -> None:
-    """Write out/llama/tiny (Meta), out/chinese-llama-plus and out/chinese-alpaca-plus (PEFT); `steps`: of the base model."""
+def make(out: Path, seed: int = 42, steps: int = 40, num_heads: int = 4) -> None:
+    """Write out/llama/tiny (Meta), out/chinese-llama-plus and out/chinese-alpaca-plus (PEFT).
+
+    steps: of the base model's training. num_heads: of 64 dimensions each; more than 4 is for trying wide tensor parallelism.
+    """
     import torch
 
     from pyalpaca.checkpoint import cast, memory_reader, native_tensors, open_checkpoint, write_adapter, write_meta, write_native
@@ -118,7 +121,8 @@ def make(out: Path, seed: int = 42, steps: int = 40) -> None:
         words = work / "llama.model"
         prompts = [line for t in TEMPLATES.values() for line in generation_prompt(t, "").splitlines() if line]
         train_tokenizer(english + 10 * prompts, BASE_PIECES, words)
-        config = LlamaConfig(BASE_PIECES, 256, 768, 4, 4, 4, 64)
+        width = 64 * num_heads
+        config = LlamaConfig(BASE_PIECES, width, -(-width * 8 // 3 // 256) * 256, 4, num_heads, num_heads, 64)
         table = parameters(config)
         fresh = flatten(init(table, seed))
         start = memory_reader(config, {p.name: fresh[p.path] for p in table}, None)
@@ -160,8 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--seed", type=int, default=42, help="the same seed makes the same files (default 42)")
     p.add_argument("--steps", type=int, default=40, help="training steps of the base model; the adapters take half (default 40)")
+    p.add_argument("--num-heads", type=int, default=4, help="heads of 64 dimensions; 8 for trying tensor-parallel 8 (default 4)")
     args = p.parse_args(argv)
-    make(args.output_dir, args.seed, args.steps)
+    make(args.output_dir, args.seed, args.steps, args.num_heads)
     for path in sorted(args.output_dir.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size:>12,} B  {path}")

@@ -128,7 +128,7 @@ def walk(folder: Path, seed: int) -> dict[str, object]:
         prepare = [*road.tool("preprocess_data.py"), "--input", str(RECORDS), "--output-prefix", str(data), "--append-eod"]
         road.run([*prepare, "--tokenizer-name-or-path", str(merged), "--handler-name", "GeneralInstructionHandler"])
         torchrun = ["torchrun", "--standalone", "--nproc_per_node", "4", "-m"]
-        recipe = f"--tp 4 --steps 1 --global-batch-size {_BATCH} --micro-batch-size 2 --seq-length {_SEQ_LENGTH} --seed {seed}".split()
+        recipe = f"--tp 4 --steps 1 --lr-schedule constant --global-batch-size {_BATCH} --micro-batch-size 2 --seq-length {_SEQ_LENGTH} --seed {seed}".split()
         train = ["pyalpaca.train", "--model", str(megatron), "--data", str(data), "--output", str(run), "--lora-r", "8"]
         road.run([*torchrun, *train, "--lora-full", "", *recipe])
 
