@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a tiny model and its transformers twin."""
+"""What several rooms' tests share: a tiny model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from pyalpaca.model import LlamaConfig, Tree, flatten, init, parameters
+from pyalpaca.model import LlamaConfig, Tree, init, parameters
 
 torch.set_num_threads(2)
 
@@ -28,21 +28,6 @@ def tiny() -> LlamaConfig:
         head_dim=16,
         norm_eps=1e-5,
     )
-
-
-def transformers_twin(config: LlamaConfig, params: Tree):
-    """transformers' LlamaForCausalLM with the same weights, fp32, in evaluation mode."""
-    from transformers import LlamaConfig as HFConfig
-    from transformers import LlamaForCausalLM
-
-    from pyalpaca.model import config_to_hf
-
-    model = LlamaForCausalLM(HFConfig(**config_to_hf(config, "float32"), attn_implementation="eager")).eval()
-    paths = {p.path: p.name for p in parameters(config)}
-    with torch.no_grad():
-        for path, value in flatten(params).items():
-            model.get_parameter(paths[path]).copy_(value)
-    return model
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import transformers_twin
+from twin import transformers_twin
 
 from pyalpaca.model import (
     ONE_DEVICE,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import transformers_twin
+from twin import transformers_twin
 
 from pyalpaca.model import (
     LlamaConfig,
