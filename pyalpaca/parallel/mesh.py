@@ -83,13 +83,14 @@ def init_mesh(tp: int = 1, pp: int = 1, timeout_minutes: float = 30.0) -> Mesh:
     if world % (tp * pp):
         raise ValueError(
             f"{world} process{'es' * (world > 1)} can't form tensor-parallel {tp} x pipeline-parallel {pp}: "
-            f"start a multiple of {tp * pp}, e.g. torchrun --nproc_per_node {tp * pp} -m pyalpaca.train ..."
+            f"start a multiple of {tp * pp} of them, e.g. with torchrun --nproc_per_node {tp * pp}"
         )
     device = find_device()
     if world == 1:
         return Mesh(device)
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(_BACKENDS[device.type], timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(_BACKENDS[device.type], timeout=timeout)
     mesh = Mesh(device, tp, world // (tp * pp), pp, dist.get_rank())
 
     def group(size: int, key: Callable[[Mesh], tuple[int, ...]]) -> dist.ProcessGroup | None:
@@ -99,7 +100,7 @@ def init_mesh(tp: int = 1, pp: int = 1, timeout_minutes: float = 30.0) -> Mesh:
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(world):
             members.setdefault(key(Mesh(device, mesh.tp, mesh.dp, mesh.pp, rank)), []).append(rank)
-        groups = {k: dist.new_group(ranks) for k, ranks in sorted(members.items())}
+        groups = {k: dist.new_group(ranks, timeout=timeout) for k, ranks in sorted(members.items())}
         return groups[key(mesh)]
 
     return Mesh(
