@@ -19,6 +19,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_AT_LEAST_ONE = (
+    *("tp", "pp", "micro_batch_size", "global_batch_size", "seq_length", "steps"),
+    *("keep", "log_every", "hysteresis", "loss_scale_window"),
+)
+
 
 def _setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -80,15 +85,26 @@ class TrainConfig:
     timeout: float = _setting(30.0, "minutes after which a collective that others don't join ends the run")
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "micro_batch_size", "global_batch_size", "seq_length", "steps", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for f in dataclasses.fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ValueError(f"{f.name} is {getattr(self, f.name)!r}, expected one of {', '.join(choices)}")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} is {value!r}, expected one of {', '.join(choices)}")
+            least = 1 if f.name in _AT_LEAST_ONE else 0
+            if not isinstance(value, str) and not value >= least:  # so written, a NaN fails too
+                raise ValueError(f"{f.name} is {value}, expected at least {least}")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected less than 1")
+        if not 0 < self.min_loss_scale <= self.loss_scale:
+            raise ValueError(
+                f"min_loss_scale is {self.min_loss_scale}, expected above 0 and at most loss_scale {self.loss_scale}"
+            )
         if self.warmup_steps and self.warmup_fraction:
             raise ValueError("warmup_steps and warmup_fraction say the same thing; give one of them")
+        if self.warmup > self.decay_steps:
+            raise ValueError(f"the warmup of {self.warmup} steps is longer than the {self.decay_steps} steps of the decay")
+        if self.lora_alpha and not self.lora_r:
+            raise ValueError("lora_alpha is given without lora_r, so all weights would be trained; give lora_r too")
 
     @property
     def decay_steps(self) -> int:
@@ -123,6 +139,8 @@ def parser() -> argparse.ArgumentParser:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The settings of a TOML file; tables only group them. ValueError for what is not a setting or has another type."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: not found, expected a TOML file of settings; check --config")
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

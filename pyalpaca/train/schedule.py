@@ -35,6 +35,6 @@ def next_loss_scale(scale: LossScale, overflow: bool, config: TrainConfig) -> Lo
         tracker = max(scale.tracker - 1, 0)
         value = max(scale.value / 2, config.min_loss_scale) if tracker == 0 else scale.value
         return LossScale(value, 0, tracker)
-    if scale.clean + 1 == config.loss_scale_window:
+    if scale.clean + 1 >= config.loss_scale_window:
         return LossScale(scale.value * 2, 0, config.hysteresis)
     return replace(scale, clean=scale.clean + 1)
