@@ -15,7 +15,16 @@ import torch
 from tqdm import tqdm
 
 from pyalpaca.checkpoint import copy_tokenizer, open_checkpoint
-from pyalpaca.data import Data, batch, open_instruction_data, open_text_data, split_instruction_data, split_text_data
+from pyalpaca.data import (
+    Data,
+    InstructionData,
+    TextData,
+    batch,
+    open_instruction_data,
+    open_text_data,
+    split_instruction_data,
+    split_text_data,
+)
 from pyalpaca.files import atomic_file
 from pyalpaca.model import (
     LlamaConfig,
@@ -31,20 +40,36 @@ from pyalpaca.model import (
 )
 from pyalpaca.parallel import Mesh, init_mesh, tensor_axis
 from pyalpaca.train.config import TrainConfig
-from pyalpaca.train.metrics import log_line, teraflops
+from pyalpaca.train.metrics import log_line, teraflops, throughput
 from pyalpaca.train.optimizer import init_optimizer
-from pyalpaca.train.saving import restore, save
+from pyalpaca.train.saving import restore, save, tidy
 from pyalpaca.train.schedule import LossScale
 from pyalpaca.train.step import Setup, TrainState, train_step
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def open_data(config: TrainConfig) -> Data:
-    """The training part of the data set that the settings name. ValueError if no sample has anything to learn."""
+def open_data(config: TrainConfig, vocab_size: int) -> Data:
+    """The training part of the data set that the settings name.
+
+    ValueError if it has tokens that the model does not know, or nothing to learn.
+    """
+    data: TextData | InstructionData
     if config.data_type == "text":
-        return split_text_data(open_text_data(config.data, config.seq_length), config.split)[0]
-    data = split_instruction_data(open_instruction_data(config.data), config.split)[0]
+        data = split_text_data(open_text_data(config.data, config.seq_length), config.split)[0]
+        tokens = data.text.tokens
+    else:
+        data = split_instruction_data(open_instruction_data(config.data), config.split)[0]
+        tokens = data.input_ids.tokens
+    if not len(data):
+        raise ValueError(f"{config.data}: the split {config.split!r} leaves no sample to train on; raise its first number")
+    if (largest := int(tokens.max())) >= vocab_size:
+        raise ValueError(
+            f"{config.data}: holds the token {largest}, but the model in {config.model} has {vocab_size} tokens; "
+            "prepare the data with the model's own tokenizer"
+        )
+    if isinstance(data, TextData):
+        return data
     silent = data.silent(config.seq_length)
     if silent == len(data):
         raise ValueError(
@@ -66,7 +91,7 @@ def plan(model: LlamaConfig, config: TrainConfig, mesh: Mesh) -> Setup:
     if config.lora_r:
         model = replace(model, lora_scale=(config.lora_alpha or 2 * config.lora_r) / config.lora_r)
         factors = lora_parameters(table, config.lora_r, _words(config.lora_targets))
-        modules = {p.name.split(".")[-2]: p.path for p in table}
+        modules = {p.name.split(".")[-2] for p in table}
         unknown = [name for name in _words(config.lora_full) if name not in modules]
         if unknown:
             raise ValueError(
@@ -124,15 +149,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f"x data-parallel size {mesh.dp}"
         )
     reader = open_checkpoint(config.model, lora=_words(config.lora), vocab_size=config.vocab_size or None)
-    setup, data, run = plan(reader.config, config, mesh), open_data(config), Path(config.output)
-    if config.resume and (run / "latest").exists():
-        state = restore(run, setup, _DTYPES[config.dtype])
-    else:
-        state = start(config, setup, reader)
+    setup, data = plan(reader.config, config, mesh), open_data(config, reader.config.vocab_size)
+    run = Path(config.output)
+    begun = (run / "latest").exists()
+    if begun and not config.resume:
+        raise ValueError(f"{run}: holds the checkpoints of a run; give --resume to go on with it, or another --output")
+    state = restore(run, setup, _DTYPES[config.dtype]) if begun else start(config, setup, reader)
     first = state.step
     main = mesh.rank == 0
     if main:
         run.mkdir(parents=True, exist_ok=True)
+        tidy(run)
         copy_tokenizer(reader.tokenizer, run)
         _keep_records(run / "metrics.jsonl", first)
         with atomic_file(run / "train.json") as partial:
@@ -140,17 +167,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     records: list[dict[str, float]] = []
     bar = tqdm(total=config.steps, initial=first, unit="step", desc="training", disable=None if main else True, file=sys.stderr)
-    began = time.perf_counter()
     while state.step < config.steps:
+        began = time.perf_counter()
         mine = slice(mesh.dp_rank * rows, (mesh.dp_rank + 1) * rows)
         found = batch(
             data, state.samples, config.global_batch_size, config.seed, config.seq_length, config.pad_to or "length", mine
         )
         tokens, labels = (x.to(mesh.device).unflatten(0, (-1, config.micro_batch_size)) for x in found)
         state, metrics = train_step(state, tokens, labels, setup)
-        now = time.perf_counter()
-        seconds, began = now - began, now
-        factor = 4 if config.recompute == "full" else 3
+        seconds = time.perf_counter() - began
+        model_tflops = teraflops(3, config.global_batch_size, tokens.shape[-1], setup.model, seconds, mesh.world)
         record = {
             **dataclasses.asdict(metrics),
             "step": state.step,
@@ -161,7 +187,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             "skipped": state.step - state.updates - state.nan_steps,
             "nan_steps": state.nan_steps,
             "samples_per_second": config.global_batch_size / seconds,
-            "tflops": teraflops(factor, config.global_batch_size, tokens.shape[-1], setup.model, seconds, mesh.world),
+            "tflops": model_tflops * (4 / 3 if config.recompute == "full" else 1),
+            "model_tflops": model_tflops,
         }
         records.append(record)
         if main:
@@ -173,21 +200,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if state.step == config.steps or (config.save_every and state.step % config.save_every == 0):
             save(state, setup, run)
     bar.close()
-    return summary(records, mesh)
-
-
-def summary(records: list[dict[str, float]], mesh: Mesh) -> dict[str, Any]:
-    """What a finished run says of itself: losses, and throughput per device without the first step, which warms up."""
     if not records:
         return {"steps": 0}
-    timed = records[1:] or records
-    seconds = sum(r["seconds"] for r in timed)
-    tokens = sum(r["global_batch_size"] * r["seq_length"] for r in timed)
-    return {
-        "steps": len(records),
-        "loss_first": records[0]["loss"],
-        "loss_last": records[-1]["loss"],
-        "seconds_per_step": seconds / len(timed),
-        "samples_per_second_per_device": sum(r["global_batch_size"] for r in timed) / seconds / mesh.world,
-        "tokens_per_second_per_device": tokens / seconds / mesh.world,
-    }
+    ends = {"loss_first": records[0]["loss"], "loss_last": records[-1]["loss"]}
+    return {"steps": len(records), **ends, **throughput(records, mesh.world)}

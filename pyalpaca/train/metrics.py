@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from pyalpaca.model import LlamaConfig
 
 
@@ -15,7 +17,24 @@ def teraflops(factor: int, batch: int, seq_length: int, model: LlamaConfig, seco
     return work / (seconds * devices * 1e12)
 
 
-def log_line(record: dict[str, float], steps: int) -> str:
+def throughput(records: Sequence[Mapping[str, float]], devices: int) -> dict[str, float]:
+    """What a run did per device and second, over all its records but the first step, which warms up.
+
+    tflops: all that was computed, recomputation included (HFU x peak); model_tflops: the model's own share (MFU x peak).
+    """
+    timed = records[1:] or records
+    seconds = sum(r["seconds"] for r in timed)
+    samples = sum(r["global_batch_size"] for r in timed) / seconds / devices
+    return {
+        "seconds_per_step": seconds / len(timed),
+        "samples_per_second_per_device": samples,
+        "tokens_per_second_per_device": sum(r["global_batch_size"] * r["seq_length"] for r in timed) / seconds / devices,
+        "tflops": sum(r["tflops"] * r["seconds"] for r in timed) / seconds,
+        "model_tflops": sum(r["model_tflops"] * r["seconds"] for r in timed) / seconds,
+    }
+
+
+def log_line(record: Mapping[str, float], steps: int) -> str:
     """The line of one iteration, with the fields and the order that readers of Megatron logs know."""
     fields = (
         ("iteration", f"{record['step']:8.0f}/{steps:8d}"),

@@ -26,6 +26,7 @@ from pyalpaca.train.schedule import LossScale
 from pyalpaca.train.step import Setup, TrainState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "master")
+_PARTIAL = ".partial"
 
 
 def _barrier() -> None:
@@ -36,7 +37,18 @@ def _barrier() -> None:
 def save(state: TrainState, setup: Setup, run: Path) -> Path:
     """Write run/step_XXXXXXX, point `latest` at it and delete all but the newest `keep`; every rank must call it."""
     mesh, name = setup.mesh, f"step_{state.step:07d}"
-    partial = run / f"{name}.partial"
+    partial = run / f"{name}{_PARTIAL}"
+    try:
+        _write(state, setup, run, partial)
+    finally:
+        if mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # gone if all went well: it took its name
+    _barrier()
+    return run / name
+
+
+def _write(state: TrainState, setup: Setup, run: Path, partial: Path) -> None:
+    mesh = setup.mesh
     if mesh.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -71,14 +83,20 @@ def save(state: TrainState, setup: Setup, run: Path) -> Path:
         }
         write_native_manifest(partial, setup.model, [e for part in gathered for e in part], meta)
         sync(partial)
-        shutil.rmtree(run / name, ignore_errors=True)
-        partial.rename(run / name)
-        write_latest(run, name)
-        steps = sorted(p for p in run.iterdir() if re.fullmatch(r"step_\d+", p.name))
+        final = partial.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        write_latest(run, final.name)
+        # A later step can lie there if a run died before `latest` named it; it must not push this one out.
+        steps = sorted(p for p in run.iterdir() if re.fullmatch(r"step_\d+", p.name) and p.name <= final.name)
         for old in steps[: -setup.config.keep]:
             shutil.rmtree(old)
-    _barrier()
-    return run / name
+
+
+def tidy(run: Path) -> None:
+    """Remove what a save that was killed has left in a run folder."""
+    for partial in run.glob(f"step_*{_PARTIAL}"):
+        shutil.rmtree(partial)
 
 
 def restore(run: Path, setup: Setup, dtype: torch.dtype) -> TrainState:
