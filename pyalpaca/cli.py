@@ -75,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[[], int | None]) -> None:
-    """Run a command's main and exit: 0 when done, 2 with one sentence for bad input, 130 when interrupted.
+    """Run a command's main and exit: 0 when done, 2 with one sentence for bad input or a diverged training, 130 when interrupted.
 
     PYALPACA_TRACEBACK=1 shows where an error came from.
     """
     try:
         status = command() or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("PYALPACA_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -101,5 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{step:>6}  {a[step]:>10.6f}  {b[step]:>10.6f}  {errors[step]:>10.2e}{'  <- largest' if step == worst else ''}")
     print(f"{len(errors)} steps, largest relative error {errors[worst]:.2e}: {'below' if passed else 'NOT below'} {args.bar:g}")
     print(f"picture: {args.output}")
-    print(json.dumps({"steps": len(errors), "max_relative_error": errors[worst], "worst_step": worst, "passed": passed}))
+    # JSON has no infinity: a loss that is not finite leaves no error to give.
+    largest = errors[worst] if math.isfinite(errors[worst]) else None
+    print(json.dumps({"steps": len(errors), "max_relative_error": largest, "worst_step": worst, "passed": passed}))
     return 0 if passed else 1

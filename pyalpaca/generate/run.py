@@ -34,9 +34,15 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens (default 256)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: always the most likely token (default 0)")
-    p.add_argument("--top-k", type=int, default=0, metavar="N", help="draw among the N most likely tokens (default 0: all)")
     p.add_argument(
-        "--top-p", type=float, default=1.0, metavar="X", help="draw among the likely tokens that make up X (default 1: all)"
+        "--top-k", type=int, default=0, metavar="N", help="at a temperature: draw among the N most likely tokens (default 0: all)"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="at one: draw among the likely tokens that make up X (default 1: all)",
     )
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (default 1)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
@@ -45,13 +51,24 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _prompts(args: argparse.Namespace) -> Iterator[str]:
-    """The prompts in order; from the terminal, until it ends or one of q, quit, exit."""
-    if args.prompt or args.prompts_file:
-        yield from args.prompt or []
-        if args.prompts_file:
-            yield from (line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip())
-        return
+def _given(args: argparse.Namespace) -> list[str] | None:
+    """The prompts that the command line names, in order; None if they come from the terminal."""
+    if not args.prompt and not args.prompts_file:
+        return None
+    prompts = [*(args.prompt or [])]
+    if args.prompts_file:
+        path = Path(args.prompts_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, expected a text file with one prompt a line; check --prompts-file")
+        try:
+            prompts += [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not UTF-8 text ({error}), expected one prompt a line") from None
+    return prompts
+
+
+def _asked() -> Iterator[str]:
+    """Prompts from the terminal, until it ends or one of q, quit, exit."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -65,6 +82,7 @@ def _prompts(args: argparse.Namespace) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer prompts as the command line says."""
     args = parser().parse_args(argv)
+    given = _given(args)
     import torch
 
     from pyalpaca.data import find_template, generation_prompt
@@ -79,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lora = [name.strip() for name in args.lora.split(",") if name.strip()]
     model = load_model(args.model, lora=lora, tokenizer=args.tokenizer, tp=args.tp, dtype=dtype, vocab_size=args.vocab_size)
     main_rank = os.environ.get("RANK", "0") == "0"
-    prompts, records = _prompts(args) if main_rank else iter(()), []
+    prompts, records = iter(given) if given is not None else _asked(), []
     # Rank 0 reads the prompts; the others hear of each, and of the end.
-    while (prompt := broadcast_object(next(prompts, None), model.mesh.tp_group)) is not None:
+    while (prompt := broadcast_object(next(prompts, None) if main_rank else None, model.mesh.tp_group)) is not None:
         ids: list[int] = []
         answer, began = "", time.perf_counter()
         text = generation_prompt(template, prompt)
