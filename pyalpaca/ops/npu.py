@@ -53,7 +53,7 @@ def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     num_queries, num_keys = q_BSHd.shape[1], k_BTKd.shape[1]
-    if causal and q_offset < 0:  # rows that see no key: torch_npu would give them the mean of all values
+    if num_keys == 0 or (causal and q_offset < 0):  # rows that see no key: torch_npu gives them the mean of all values
         return reference.flash_attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
     mask: dict[str, Any] = {}
     if causal and num_queries == num_keys and q_offset == 0:
