@@ -101,8 +101,6 @@ class TrainConfig:
             )
         if self.warmup_steps and self.warmup_fraction:
             raise ValueError("warmup_steps and warmup_fraction say the same thing; give one of them")
-        if self.warmup > self.decay_steps:
-            raise ValueError(f"the warmup of {self.warmup} steps is longer than the {self.decay_steps} steps of the decay")
         if self.lora_alpha and not self.lora_r:
             raise ValueError("lora_alpha is given without lora_r, so all weights would be trained; give lora_r too")
 
