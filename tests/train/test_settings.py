@@ -1,0 +1,108 @@
+"""Settings: from defaults, a TOML file and flags; what is not meant is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pyalpaca.train import TrainConfig, parse
+from pyalpaca.train.config import parser
+
+NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
+
+
+def toml(tmp_path: Path, text: str) -> list[str]:
+    (tmp_path / "recipe.toml").write_text(text)
+    return ["--config", str(tmp_path / "recipe.toml")]
+
+
+def test_the_file_wins_over_defaults_and_flags_over_the_file(tmp_path: Path) -> None:
+    given = toml(tmp_path, 'model = "m"\n[layout]\ntp = 2\npp = 3\n[optimizer]\nlr = 1\ndecay_norms = true\n')
+    config = parse([*given, *NEEDED[2:], "--pp", "4", "--no-decay-norms"])
+    assert config == TrainConfig(model="m", data="d", output="o", tp=2, pp=4, lr=1.0, decay_norms=False)
+    assert isinstance(config.lr, float)
+
+
+def test_the_recipes_of_the_examples_are_read() -> None:
+    for name, warmup in (("tp4_pp2", 3200), ("tp1_pp1", 200)):
+        file = Path(__file__).parents[2] / "examples" / "alpaca" / f"finetune_{name}.toml"
+        if not file.is_file():
+            pytest.skip(f"{file} is not part of this copy")
+        config = parse(["--config", str(file), *NEEDED])
+        assert config.warmup == warmup and config.dtype == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate = 1", r"recipe.toml: there is no setting 'learning_rate'"),
+        ("[layout]\nmicro_batchsize = 1", r"there is no setting 'micro_batchsize'; did you mean 'micro_batch_size'\?"),
+        ('tp = "2"', r"tp is '2', expected a value of type int"),
+        ("tp = 2.0", r"tp is 2.0, expected a value of type int"),
+        ("resume = 1", r"resume is 1, expected a value of type bool"),
+        ("steps = true", r"steps is True, expected a value of type int"),
+        ("tp = ", r"recipe.toml: is not TOML"),
+        ("tp = 0", r"tp is 0, expected at least 1"),
+    ],
+)
+def test_a_file_that_is_wrong_says_where(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse([*toml(tmp_path, text), *NEEDED])
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none.toml: not found, expected a TOML file of settings"):
+        parse(["--config", str(tmp_path / "none.toml"), *NEEDED])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--micro-batchsize", "2"], "there is no flag --micro-batchsize; did you mean --micro-batch-size?"),
+        (["--zzzzzzz=1"], "there is no flag --zzzzzzz=1; --help lists them"),
+        (["--tp", "two"], "argument --tp: invalid int value: 'two'"),
+        (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
+    ],
+)
+def test_a_flag_that_is_wrong_names_the_nearest(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse([*NEEDED, *flags])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "output"])
+def test_what_a_run_needs_is_asked_for(capsys: pytest.CaptureFixture[str], missing: str) -> None:
+    at = NEEDED.index(f"--{missing}")
+    with pytest.raises(SystemExit):
+        parse(NEEDED[:at] + NEEDED[at + 2 :])
+    assert f"--{missing} is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"lr": -1.0}, "lr is -1.0, expected at least 0"),
+        ({"lr": float("nan")}, "lr is nan, expected at least 0"),
+        ({"beta2": 1.0}, "beta2 is 1.0, expected less than 1"),
+        ({"dtype": "float32"}, "dtype is 'float32', expected one of fp32, bf16, fp16"),
+        ({"min_loss_scale": 0.0}, "min_loss_scale is 0.0, expected above 0"),
+        ({"loss_scale": 0.5}, "min_loss_scale is 1.0, expected above 0 and at most loss_scale 0.5"),
+        ({"warmup_steps": 5, "warmup_fraction": 0.1}, "warmup_steps and warmup_fraction say the same thing"),
+        ({"lora_alpha": 16.0}, "lora_alpha is given without lora_r"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_help_explains_every_setting() -> None:
+    text = " ".join(parser().format_help().split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert " ".join(field.metadata["help"].split()) in text, field.name
+    assert "example: torchrun" in text

@@ -1,0 +1,133 @@
+"""One step: clipping, losses that are not finite, fp16 overflows, and what learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from train_makers import MODEL
+
+from pyalpaca.checkpoint import memory_reader
+from pyalpaca.model import flatten, init, parameters
+from pyalpaca.parallel import Mesh
+from pyalpaca.train import TrainConfig
+from pyalpaca.train.loop import plan, start
+from pyalpaca.train.schedule import LossScale
+from pyalpaca.train.step import Setup, TrainState, gradients, train_step
+
+CONFIG = TrainConfig(lr=1e-2, global_batch_size=4, micro_batch_size=2, seq_length=12, steps=10, weight_decay=0.0, clip=0.0)
+
+
+def begin(config: TrainConfig, **damage: float) -> tuple[TrainState, Setup]:
+    """A state at step 0; `damage` is written into the first element of the tensors it names."""
+    fresh = flatten(init(parameters(MODEL), seed=3))
+    for path, value in damage.items():
+        fresh[path].view(-1)[0] = value
+    setup = plan(MODEL, config, Mesh(torch.device("cpu")))
+    reader = memory_reader(MODEL, {p.name: fresh[p.path] for p in parameters(MODEL)})
+    return start(config, setup, reader), setup
+
+
+def data(micro_batches: int = 2) -> tuple[Tensor, Tensor]:
+    text = torch.randint(MODEL.vocab_size, (micro_batches, 2, 13), generator=torch.Generator().manual_seed(1))
+    labels = text[..., 1:].clone()
+    labels[0, :, :5] = -100
+    return text[..., :-1], labels
+
+
+def weights(state: TrainState) -> dict[str, Tensor]:
+    return {path: t.clone() for path, t in flatten(state.params).items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[path], b[path]) for path in a)
+
+
+def test_the_loss_is_the_mean_over_tokens_whatever_the_micro_batches() -> None:
+    state, setup = begin(CONFIG)
+    tokens, labels = data()
+    grads, loss = gradients(state.params, tokens, labels, 1.0, setup)
+    together, whole = gradients(state.params, tokens.reshape(1, 4, 12), labels.reshape(1, 4, 12), 1.0, setup)
+    torch.testing.assert_close(loss, whole)
+    for path in grads:
+        torch.testing.assert_close(grads[path], together[path])
+
+
+def test_a_batch_without_a_label_is_zero_not_nan() -> None:
+    state, setup = begin(CONFIG)
+    tokens, labels = data()
+    grads, loss = gradients(state.params, tokens, torch.full_like(labels, -100), 1.0, setup)
+    assert loss == 0 and all(not g.any() for g in grads.values())
+
+
+def test_gradients_are_clipped_as_torch_clips_them() -> None:
+    # With eps far above the gradients, AdamW's first step is proportional to them.
+    config = replace(CONFIG, clip=0.1, eps=1e6, lr=1e6)
+    state, setup = begin(config)
+    tokens, labels = data()
+    before = weights(state)
+    grads, _ = gradients(state.params, tokens, labels, 1.0, setup)
+    holders = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads.values()]
+    for holder, g in zip(holders, grads.values(), strict=True):
+        holder.grad = g.clone()
+    norm = torch.nn.utils.clip_grad_norm_(holders, 0.1)
+    assert norm > 0.1
+    rate = train_step(state, tokens, labels, setup)[1]
+    assert rate.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    share = rate.learning_rate / config.eps
+    for path, holder in zip(grads, holders, strict=True):
+        torch.testing.assert_close(before[path] - flatten(state.params)[path], holder.grad * share, atol=1e-6, rtol=1e-3)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor() -> None:
+    state, setup = begin(CONFIG, head=float("nan"))
+    before = weights(state)
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan, gradient norm nan; .* not finite: embed\. .*--on-nan skip"):
+        train_step(state, *data(), setup)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(state).values(), strict=True) if not a.isnan().any())
+
+
+def test_on_nan_skip_leaves_the_weights_and_counts() -> None:
+    state, setup = begin(replace(CONFIG, on_nan="skip", lora_r=2, lora_full=""), norm=float("inf"))
+    before = weights(state)
+    new, metrics = train_step(state, *data(), setup)
+    assert same(before, weights(new))
+    assert not any(m.any() for m in new.optimizer.exp_avg.values())
+    assert (new.step, new.updates, new.nan_steps, new.samples) == (1, 0, 1, 4)
+    assert metrics.skipped and metrics.loss != metrics.loss
+
+
+def test_an_fp16_overflow_is_skipped_halves_the_scale_and_does_not_advance_the_rate() -> None:
+    config = replace(CONFIG, dtype="fp16", loss_scale=2.0**40, hysteresis=1, warmup_steps=5)
+    state, setup = begin(config)
+    before = weights(state)
+    state, first = train_step(state, *data(), setup)
+    assert first.skipped and first.loss == first.loss
+    assert same(before, weights(state))
+    assert (state.step, state.updates, state.nan_steps, state.loss_scale.value) == (1, 0, 0, 2.0**39)
+    state, second = train_step(replace(state, loss_scale=LossScale(1024.0, 0, 1)), *data(), setup)
+    assert second.learning_rate == first.learning_rate == pytest.approx(config.lr / 5)
+    assert not second.skipped and state.updates == 1 and not same(before, weights(state))
+
+
+@pytest.mark.parametrize(("full", "more"), [("", set()), ("embed_tokens,lm_head", {"embed", "head"}), ("norm", {"norm"})])
+def test_lora_trains_its_factors_and_what_lora_full_names(full: str, more: set[str]) -> None:
+    state, setup = begin(replace(CONFIG, lora_r=2, lora_targets="q_proj,down_proj", lora_full=full))
+    before = weights(state)
+    for _ in range(2):  # A has no gradient before B has moved
+        state, _ = train_step(state, *data(), setup)
+    changed = {path for path, t in weights(state).items() if not torch.equal(t, before[path])}
+    factors = {f"layers.{i}.{module}.lora_{x}" for i in range(2) for module in ("attention.q", "ffn.down") for x in "ab"}
+    assert changed == factors | more == set(state.optimizer.exp_avg)
+
+
+def test_lora_settings_that_fit_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="lora_full names 'wte', but the model has no such module; it has .*lm_head"):
+        begin(replace(CONFIG, lora_r=2, lora_full="wte"))
+    with pytest.raises(ValueError, match="query_key_value"):
+        begin(replace(CONFIG, lora_r=2, lora_targets="query_key_value"))
+    tied = replace(MODEL, tie_embeddings=True)
+    with pytest.raises(ValueError, match="ties its embeddings"):
+        plan(tied, CONFIG, Mesh(torch.device("cpu"), pp=2))
