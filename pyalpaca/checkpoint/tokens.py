@@ -74,7 +74,7 @@ def copy(source: Path | None, out: Path) -> list[str]:
 
     Old folders call the class LLaMATokenizer, which no release of transformers knows: it becomes LlamaTokenizer.
     """
-    if source is None:
+    if source is None or source.resolve() == out.resolve():
         return []
     copied = [name for name in FILES if (source / name).is_file()]
     for name in copied:

@@ -154,6 +154,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     begun = (run / "latest").exists()
     if begun and not config.resume:
         raise ValueError(f"{run}: holds the checkpoints of a run; give --resume to go on with it, or another --output")
+    if not begun and run.resolve() == Path(config.model).resolve():
+        raise ValueError(f"{run}: is the folder of the model itself; give another --output")
     state = restore(run, setup, _DTYPES[config.dtype]) if begun else start(config, setup, reader)
     first = state.step
     main = mesh.rank == 0
