@@ -124,7 +124,7 @@ def test_lora_trains_its_factors_and_what_lora_full_names(full: str, more: set[s
 
 
 def test_lora_settings_that_fit_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="lora_full names 'wte', but the model has no such module; it has .*lm_head"):
+    with pytest.raises(ValueError, match=r"lora_full names 'wte', but the model has no such module; it has .*lm_head"):
         begin(replace(CONFIG, lora_r=2, lora_full="wte"))
     with pytest.raises(ValueError, match="query_key_value"):
         begin(replace(CONFIG, lora_r=2, lora_targets="query_key_value"))

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyalpaca.checkpoint import memory_reader, write_hf, write_native
 from pyalpaca.data import Job, load_tokenizer, preprocess, write_tokenizer_folder
 from pyalpaca.demo.make_model import RECORDS, train_tokenizer
@@ -39,7 +37,9 @@ def make_road(folder: Path) -> None:
     assert load_tokenizer(folder / "tokenizer").vocab_size == PIECES
     table, fresh = parameters(MODEL), flatten(init(parameters(MODEL), seed=5))
     # Larger than a fresh model's weights, so that a few steps move the loss.
-    reader = memory_reader(MODEL, {p.name: fresh[p.path] * (4 if fresh[p.path].dim() > 1 else 1) for p in table}, folder / "tokenizer")
+    reader = memory_reader(
+        MODEL, {p.name: fresh[p.path] * (4 if fresh[p.path].dim() > 1 else 1) for p in table}, folder / "tokenizer"
+    )
     write_hf(reader, folder / "hf")
     write_native(reader, folder / "native")
 
@@ -58,7 +58,7 @@ def losses(run: Path) -> list[float]:
     return [r["loss"] for r in records(run)]
 
 
-def train_in_a_process(config: TrainConfig) -> dict[str, Any]:
-    """What `launch` starts."""
-    torch.use_deterministic_algorithms(True)
-    return train(config)
+def train_all(configs: list[TrainConfig]) -> None:
+    """What `launch` starts in each process: these runs, one after the other."""
+    for config in configs:
+        train(config)
