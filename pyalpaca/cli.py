@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -84,6 +85,10 @@ def run(command: Callable[[], int | None]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("PYALPACA_TRACEBACK"):
             raise
+        if os.environ.get("RANK", "0") != "0":
+            # Bad input is the same on every rank: rank 0 says it, and torchrun ends the others while they wait here. What
+            # only this rank has found is said after all.
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
