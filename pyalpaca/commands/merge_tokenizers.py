@@ -13,7 +13,6 @@ _EXAMPLE = """example:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="merge_tokenizers",
         description="Add to a LLaMA tokenizer every piece of a Chinese SentencePiece model that it lacks.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

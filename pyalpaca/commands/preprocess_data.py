@@ -21,7 +21,6 @@ _EXAMPLE = """example:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="preprocess_data",
         description="Turn a file of records into the indexed data set that training reads: token ids, labels and masks, int32.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -56,8 +56,11 @@ def load_model(
             "use the tokenizer that belongs to the model"
         )
     table = parameters(reader.config)
-    for p in table:
-        shard(p, mesh.tp_rank, tp)
+    try:
+        for p in table:
+            shard(p, mesh.tp_rank, tp)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if dtype is None:
         dtype = torch.float32 if mesh.device.type == "cpu" else reader.dtype(table[0].name)
     params = load(table, lambda p, piece: reader.read(p.name, piece), dtype, mesh.device, mesh.tp_rank, tp)

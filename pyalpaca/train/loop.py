@@ -102,9 +102,12 @@ def plan(model: LlamaConfig, config: TrainConfig, mesh: Mesh) -> Setup:
         table = [*table, *factors]
     if model.tie_embeddings and mesh.pp > 1:
         raise ValueError(f"the model ties its embeddings, which live on two stages with pp {mesh.pp}; train it with pp 1")
-    for p in table:
-        shard(p, mesh.tp_rank, mesh.tp)
-    stage = {p.path: p for p in stage_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp)}
+    try:
+        for p in table:
+            shard(p, mesh.tp_rank, mesh.tp)
+        stage = {p.path: p for p in stage_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp)}
+    except ValueError as error:
+        raise ValueError(f"{config.model}: {error}") from None
     return Setup(config, model, mesh, tensor_axis(mesh, model.vocab_size), stage, frozenset(stage) & trainable)
 
 
