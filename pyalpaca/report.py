@@ -34,7 +34,7 @@ def read_losses(run: str | Path) -> dict[int, float]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; give the --output folder of a training run, which holds metrics.jsonl")
     losses = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             record = json.loads(line)
             losses[int(record["step"])] = float(record["loss"])
