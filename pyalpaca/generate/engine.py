@@ -40,7 +40,7 @@ def load_model(
 
     ValueError if the tokenizer has more pieces than the model has rows, or the processes are not tp many.
     """
-    mesh = init_mesh(tp)
+    mesh = init_mesh(tp, timeout_minutes=24 * 60)  # the other ranks wait while a person thinks of the next prompt
     if mesh.world != tp:
         raise ValueError(
             f"{mesh.world} processes for tensor-parallel size {tp}: generation runs on just tp processes; give --tp {mesh.world}"

@@ -1,7 +1,15 @@
 """The parallel room: mesh, tensor-parallel axis, pipeline schedules and their interpreter, on torch.distributed."""
 
 from pyalpaca.parallel.axis import tensor_axis
-from pyalpaca.parallel.collectives import all_gather_columns, all_reduce, all_reduce_buckets, broadcast, broadcast_object
+from pyalpaca.parallel.collectives import (
+    all_gather_columns,
+    all_reduce,
+    all_reduce_buckets,
+    barrier,
+    broadcast,
+    broadcast_object,
+    gather_objects,
+)
 from pyalpaca.parallel.mesh import Mesh, close_mesh, find_device, init_mesh
 from pyalpaca.parallel.pipeline import run_pipeline
 from pyalpaca.parallel.schedule import Action, Simulation, one_f_one_b, simulate
@@ -13,10 +21,12 @@ __all__ = [
     "all_gather_columns",
     "all_reduce",
     "all_reduce_buckets",
+    "barrier",
     "broadcast",
     "broadcast_object",
     "close_mesh",
     "find_device",
+    "gather_objects",
     "init_mesh",
     "one_f_one_b",
     "run_pipeline",

@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     known = parser()
     values, unknown = known.parse_known_args(argv)
     if unknown:
-        flags = [option for action in known._actions for option in action.option_strings]
+        flags = ["--config", *("--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig))]
         near = get_close_matches(unknown[0].split("=")[0], flags, n=1)
         known.error(f"there is no flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
     given = {key: value for key, value in vars(values).items() if value is not None and key != "config"}

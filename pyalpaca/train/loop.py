@@ -129,11 +129,9 @@ def _words(text: str) -> list[str]:
 
 def _keep_records(path: Path, steps: int) -> None:
     """Drop the records of steps that the checkpoint does not know, so that the file continues without a seam."""
-    kept = (
-        [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= steps]
-        if path.exists()
-        else []
-    )
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # A run that was killed may have left half a last line.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
     with atomic_file(path) as partial:
         partial.write_text("".join(kept))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pyalpaca.checkpoint import (
@@ -21,17 +20,13 @@ from pyalpaca.checkpoint import (
 )
 from pyalpaca.files import sync
 from pyalpaca.model import Parameter, flatten, load, shard
+from pyalpaca.parallel import barrier, gather_objects
 from pyalpaca.train.optimizer import OptimizerState
 from pyalpaca.train.schedule import LossScale
 from pyalpaca.train.step import Setup, TrainState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "master")
 _PARTIAL = ".partial"
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def save(state: TrainState, setup: Setup, run: Path) -> Path:
@@ -43,7 +38,7 @@ def save(state: TrainState, setup: Setup, run: Path) -> Path:
     finally:
         if mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # gone if all went well: it took its name
-    _barrier()
+    barrier()
     return run / name
 
 
@@ -52,7 +47,7 @@ def _write(state: TrainState, setup: Setup, run: Path, partial: Path) -> None:
     if mesh.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _barrier()
+    barrier()
     entries: list[dict[str, Any]] = []
     if mesh.dp_rank == 0:
         own = {path: p for path, p in setup.table.items() if p.dim is not None or mesh.tp_rank == 0}
@@ -68,10 +63,7 @@ def _write(state: TrainState, setup: Setup, run: Path, partial: Path) -> None:
         for kind in _MOMENTS:
             moments.update(placed(getattr(state.optimizer, kind), f"{kind}."))
         entries += write_native_shard(partial, where, moments, "optimizer")
-    gathered: list[Any] = [entries]
-    if dist.is_initialized():
-        gathered = [None] * mesh.world
-        dist.all_gather_object(gathered, entries)
+    gathered = gather_objects(entries)
     if mesh.rank == 0:
         meta = {
             "step": state.step,

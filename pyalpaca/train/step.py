@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyalpaca.model import Axis, LlamaConfig, Parameter, Tree, flatten, forward, unflatten
-from pyalpaca.parallel import Mesh, all_reduce, all_reduce_buckets, one_f_one_b, run_pipeline
+from pyalpaca.parallel import Mesh, all_reduce, all_reduce_buckets, gather_objects, one_f_one_b, run_pipeline
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.optimizer import OptimizerState, gradient_norm, update
 from pyalpaca.train.schedule import LossScale, learning_rate, next_loss_scale
@@ -100,7 +100,8 @@ def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup:
     finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
     overflow = not finite and config.dtype == "fp16"
     if not finite and not overflow and config.on_nan == "stop":
-        bad = next((path for path, g in grads.items() if not g.isfinite().all()), "none on this rank")
+        found = gather_objects(next((path for path, g in grads.items() if not g.isfinite().all()), None))
+        bad = next(filter(None, found), "none")
         raise FloatingPointError(
             f"step {state.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; first gradient that is not finite: {bad}. "
             "Lower the learning rate, or give --on-nan skip to leave such steps out"

@@ -115,6 +115,8 @@ def test_a_killed_save_is_swept_away_when_the_run_goes_on(road: Path, tmp_path: 
     assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
     assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_0000002", "step_0000004.partial"]
     assert open_checkpoint(tmp_path / "run").path.name == "step_0000002"
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # and the next record was cut off
     train(replace(config, resume=True))
     assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_0000002", "step_0000004"]
     assert losses(tmp_path / "run") == losses(tmp_path / "never")

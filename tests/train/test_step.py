@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from launch import launch
 from torch import Tensor
 from train_makers import MODEL
 
 from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import flatten, init, parameters
-from pyalpaca.parallel import Mesh
+from pyalpaca.parallel import Mesh, init_mesh
 from pyalpaca.train import TrainConfig
 from pyalpaca.train.loop import plan, start
 from pyalpaca.train.schedule import LossScale
@@ -87,6 +88,24 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor() -
     with pytest.raises(FloatingPointError, match=r"step 1: loss nan, gradient norm nan; .* not finite: embed\. .*--on-nan skip"):
         train_step(state, *data(), setup)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(state).values(), strict=True) if not a.isnan().any())
+
+
+def diverge() -> str:
+    """A head that is not a number, on the second of two pipeline stages; what each rank says."""
+    fresh = flatten(init(parameters(MODEL), seed=3))
+    fresh["head"][0, 0] = float("nan")
+    setup = plan(MODEL, replace(CONFIG, lora_r=2, lora_full="lm_head"), init_mesh(pp=2))
+    state = start(setup.config, setup, memory_reader(MODEL, {p.name: fresh[p.path] for p in parameters(MODEL)}))
+    try:
+        train_step(state, *data(), setup)
+    except FloatingPointError as error:
+        return str(error)
+    return "went on"
+
+
+def test_every_rank_names_the_same_tensor() -> None:
+    first, second = launch(2, diverge)
+    assert first == second and "not finite: layers.0.attention.q.lora_a" in first
 
 
 def test_on_nan_skip_leaves_the_weights_and_counts() -> None:
