@@ -70,7 +70,7 @@ class TrainConfig:
     min_loss_scale: float = _setting(1.0, "smallest loss scale")
     recompute: str = _setting("none", "activations computed again in the backward pass", ("none", "full"))
     on_nan: str = _setting(
-        "stop", "what a loss or gradient that is not finite does (fp16 overflows always skip)", ("stop", "skip")
+        "stop", "what a loss or gradient that is not finite does (fp16 skips until the loss scale is smallest)", ("stop", "skip")
     )
 
     lora_r: int = _setting(0, "train LoRA factors of this rank (0: train all weights)")

@@ -98,7 +98,8 @@ def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup:
     torch._foreach_div_(list(grads.values()), scale)
     norm = gradient_norm(grads, setup.table, setup.mesh)
     finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
-    overflow = not finite and config.dtype == "fp16"
+    # At the smallest scale it is not the scale that overflows.
+    overflow = not finite and config.dtype == "fp16" and scale > config.min_loss_scale
     if not finite and not overflow and config.on_nan == "stop":
         found = gather_objects(next((path for path, g in grads.items() if not g.isfinite().all()), None))
         bad = next(filter(None, found), "none")
@@ -114,7 +115,7 @@ def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup:
         update(weights, grads, state.optimizer, state.updates, lr, config)
     new = replace(
         state,
-        loss_scale=next_loss_scale(state.loss_scale, overflow, config) if config.dtype == "fp16" else state.loss_scale,
+        loss_scale=next_loss_scale(state.loss_scale, not finite, config) if config.dtype == "fp16" else state.loss_scale,
         step=state.step + 1,
         updates=state.updates + finite,
         samples=state.samples + config.global_batch_size,

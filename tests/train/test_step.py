@@ -131,6 +131,17 @@ def test_an_fp16_overflow_is_skipped_halves_the_scale_and_does_not_advance_the_r
     assert not second.skipped and state.updates == 1 and not same(before, weights(state))
 
 
+def test_in_fp16_the_smallest_scale_ends_the_patience() -> None:
+    config = replace(CONFIG, dtype="fp16", loss_scale=2.0, hysteresis=1)
+    state, setup = begin(config, head=float("nan"))
+    state, metrics = train_step(state, *data(), setup)
+    assert metrics.skipped and state.loss_scale.value == 1.0
+    with pytest.raises(FloatingPointError, match="step 2: loss nan"):
+        train_step(state, *data(), setup)
+    state, _ = train_step(state, *data(), replace(setup, config=replace(config, on_nan="skip")))
+    assert (state.updates, state.nan_steps, state.loss_scale) == (0, 1, LossScale(1.0, 0, 0))
+
+
 @pytest.mark.parametrize(("full", "more"), [("", set()), ("embed_tokens,lm_head", {"embed", "head"}), ("norm", {"norm"})])
 def test_lora_trains_its_factors_and_what_lora_full_names(full: str, more: set[str]) -> None:
     state, setup = begin(replace(CONFIG, lora_r=2, lora_targets="q_proj,down_proj", lora_full=full))
