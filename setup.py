@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)  # has the stable C interface to its thread pool that csrc/cpu/threads.cpp calls
 TESTED_TORCH = "torch==2.13.0"
+OLDEST_SETUPTOOLS = 77  # knows licences by name
 BUILD_INFO = "_C.build.json"
 BUILD_TOOLS = ("cmake", "ninja", "pybind11")
 DEPENDENCIES = ["numpy>=1.23", "sentencepiece>=0.1.99", "safetensors>=0.4", "tqdm>=4.60", "tomli>=2; python_version < '3.11'"]
@@ -53,6 +55,15 @@ class Torch:
         config = self.folder / "share/cmake/Torch/TorchConfig.cmake"
         found = re.search(r"_GLIBCXX_USE_CXX11_ABI=(\d)", config.read_text()) if config.exists() else None
         return int(found.group(1)) if found else 1
+
+
+def check_setuptools(version: str) -> None:
+    """One message for a setuptools that can't read pyproject.toml, as new environments of Python 3.11 have it."""
+    if int(version.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"pyalpaca: found setuptools {version}, expected {OLDEST_SETUPTOOLS} or newer; `pip install -U setuptools`, "
+            "or leave out --no-build-isolation"
+        )
 
 
 def find_torch() -> Torch | None:
@@ -197,6 +208,7 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
+    check_setuptools(setuptools.__version__)
     torch = find_torch()
     setup(
         ext_modules=[Extension("pyalpaca._C", sources=[])],

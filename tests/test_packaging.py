@@ -39,6 +39,11 @@ def test_without_torch(setup_script: ModuleType) -> None:
         setup_script.check_torch(None)
 
 
+def test_a_setuptools_that_is_too_old(setup_script: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="found setuptools 66.1.1, expected 77 or newer; `pip install -U setuptools`"):
+        setup_script.check_setuptools("66.1.1")
+
+
 def test_a_torch_that_is_too_old(setup_script: ModuleType, tmp_path: Path) -> None:
     torch = setup_script.Torch(fake_torch(tmp_path, "2.1.0") / "torch", "2.1.0")
     with pytest.raises(SystemExit, match=r"found torch 2.1.0 in .*, expected 2.10 or newer; `pip install torch==2.13.0`"):
