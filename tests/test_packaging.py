@@ -40,7 +40,7 @@ def test_without_torch(setup_script: ModuleType) -> None:
 
 
 def test_a_setuptools_that_is_too_old(setup_script: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="found setuptools 66.1.1, expected 77 or newer; `pip install -U setuptools`"):
+    with pytest.raises(SystemExit, match=r"found setuptools 66.1.1, expected 77 or newer; `pip install -U setuptools`"):
         setup_script.check_setuptools("66.1.1")
 
 
