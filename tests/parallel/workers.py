@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyalpaca.model import LlamaConfig, flatten, init, lora_parameters, parameters, stage_parameters
+from pyalpaca.checkpoint import memory_reader
+from pyalpaca.model import LlamaConfig, flatten, init, parameters
 from pyalpaca.parallel import init_mesh, tensor_axis
-from pyalpaca.train.config import TrainConfig
-from pyalpaca.train.optimizer import init_optimizer
-from pyalpaca.train.schedule import LossScale
-from pyalpaca.train.step import Setup, TrainState, train_step
+from pyalpaca.train import TrainConfig
+from pyalpaca.train.loop import plan, start
+from pyalpaca.train.step import train_step
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,20 +28,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def losses(config: TrainConfig, model: LlamaConfig, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of a training from the seed's initial weights on the seed's random tokens."""
     mesh = init_mesh(config.tp, config.pp)
-    table = parameters(model)
-    trainable = {p.path for p in table}
-    if config.lora_r:
-        factors = lora_parameters(table, config.lora_r, config.lora_targets.split(","))
-        trainable = {p.path for p in factors} | {"embed", "head"}
-        table = table + factors
-    table = stage_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
-    params = init(table, 7, dtype, "cpu", mesh.tp_rank, mesh.tp)
-    mine = frozenset(p.path for p in table) & trainable
-    setup = Setup(config, model, mesh, tensor_axis(mesh, model.vocab_size), {p.path: p for p in table}, mine)
-    optimizer = init_optimizer({k: t for k, t in flatten(params).items() if k in mine})
-    scale = LossScale(config.loss_scale, 0, config.hysteresis) if config.dtype == "fp16" else LossScale()
-    state = TrainState(params, optimizer, scale)
+    setup = plan(model, config, mesh)
+    whole = flatten(init(parameters(model), seed=7))
+    state = start(config, setup, memory_reader(model, {p.name: whole[p.path] for p in parameters(model)}))
     found = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
