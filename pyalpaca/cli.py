@@ -10,6 +10,10 @@ from importlib import import_module
 
 from pyalpaca import __version__
 
+# A waiting OpenMP thread spins for milliseconds by default; where other programs want its core, a training step then takes
+# ten times as long. Spinning for some microseconds costs nothing on an idle machine. Read when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 # name, module with main(argv), one line of help. Grouped as a person walks the road.
 _COMMANDS = (
     (

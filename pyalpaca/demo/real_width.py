@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pyalpaca.demo.make_model import RECORDS
 from pyalpaca.demo.road import Road, fresh
@@ -25,8 +26,6 @@ _SEQ_LENGTH, _BATCH = 96, 4
 def make(out: Path, tokenizers: Path, seed: int) -> None:
     """Write out/llama/7B-one-layer in Meta's format and the two adapters, with random weights of the usual spread, fp16."""
     from dataclasses import replace
-
-    import torch
 
     from pyalpaca.checkpoint import memory_reader, write_adapter, write_meta
     from pyalpaca.data import load_tokenizer
@@ -113,7 +112,19 @@ def walk(folder: Path, seed: int) -> dict[str, object]:
             shutil.move(tokenizers / f"{name}-merged" / "merged_tokenizer_hf", tokenizers / name)
 
         road.say("One layer of the 7B in Meta's format, and two adapters, random weights")
-        road.run(["python", "-m", "pyalpaca.demo.real_width", "--make", str(model), "--tokenizers", str(tokenizers), "--seed", str(seed)])
+        road.run(
+            [
+                "python",
+                "-m",
+                "pyalpaca.demo.real_width",
+                "--make",
+                str(model),
+                "--tokenizers",
+                str(tokenizers),
+                "--seed",
+                str(seed),
+            ]
+        )
 
         road.say("Meta -> Hugging Face -> merged -> tensor-parallel 4")
         convert = road.tool("convert_llama_weights_to_hf.py")
@@ -122,14 +133,17 @@ def walk(folder: Path, seed: int) -> dict[str, object]:
         merge = [*road.tool("merge_llama_with_chinese_lora_low_mem.py"), "--base_model", str(hf), "--lora_model", lora]
         road.run([*merge, "--output_type", "huggingface", "--output_dir", str(merged)])
         cut = road.tool("ckpt_convert/llama/convert_weights_from_huggingface.py")
-        road.run([*cut, "--input-model-dir", str(merged), "--output-model-dir", str(megatron), "--tensor-model-parallel-size", "4"])
+        road.run(
+            [*cut, "--input-model-dir", str(merged), "--output-model-dir", str(megatron), "--tensor-model-parallel-size", "4"]
+        )
 
         road.say("Prepare the instructions, and one training step on 4 processes (LoRA)")
         prepare = [*road.tool("preprocess_data.py"), "--input", str(RECORDS), "--output-prefix", str(data), "--append-eod"]
         road.run([*prepare, "--tokenizer-name-or-path", str(merged), "--handler-name", "GeneralInstructionHandler"])
         torchrun = ["torchrun", "--standalone", "--nproc_per_node", "4", "-m"]
-        recipe = f"--tp 4 --steps 1 --lr-schedule constant --global-batch-size {_BATCH} --micro-batch-size 2 --seq-length {_SEQ_LENGTH} --seed {seed}".split()
-        train = ["pyalpaca.train", "--model", str(megatron), "--data", str(data), "--output", str(run), "--lora-r", "8"]
+        recipe = f"--steps 1 --lr-schedule constant --seq-length {_SEQ_LENGTH} --seed {seed} --lora-r 8".split()
+        recipe += f"--tp 4 --global-batch-size {_BATCH} --micro-batch-size 2".split()
+        train = ["pyalpaca.train", "--model", str(megatron), "--data", str(data), "--output", str(run)]
         road.run([*torchrun, *train, "--lora-full", "", *recipe])
 
         road.say(f"Generate {_NEW_TOKENS} tokens on 4 processes")
@@ -155,12 +169,12 @@ def _equal_to_transformers(merged: Path, data: Path, ids: list[int], loss: float
     """Whether transformers, on the merged folder and in fp32, generates the same ids and has the same loss on the same batch."""
     import torch
     import torch.nn.functional as F
-    from transformers import LlamaForCausalLM
+    import transformers
 
     from pyalpaca.data import batch, load_tokenizer, open_instruction_data
 
     print("\ntransformers on the merged folder:", flush=True)
-    model = LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32)
     prompt = torch.tensor([load_tokenizer(merged).encode(_PROMPT, bos=True)])
     with torch.inference_mode():
         theirs = model.generate(prompt, max_new_tokens=_NEW_TOKENS, do_sample=False)[0, prompt.shape[1] :].tolist()
@@ -172,7 +186,9 @@ def _equal_to_transformers(merged: Path, data: Path, ids: list[int], loss: float
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the random model and adapters: a step of the demo, as a command of its own."""
-    p = argparse.ArgumentParser(prog="python -m pyalpaca.demo.real_width", description="One layer of the 7B and two adapters, random weights.")
+    p = argparse.ArgumentParser(
+        prog="python -m pyalpaca.demo.real_width", description="One layer of the 7B and two adapters, random weights."
+    )
     p.add_argument("--make", required=True, type=Path, metavar="DIR", help="folder to write")
     p.add_argument("--tokenizers", required=True, type=Path, metavar="DIR", help="folder with the adapters' tokenizers")
     p.add_argument("--seed", type=int, default=42, help="of the weights (default 42)")

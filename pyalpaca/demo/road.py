@@ -16,6 +16,7 @@ from pathlib import Path
 from pyalpaca.demo.make_model import RECORDS
 
 _MARK = ".pyalpaca-demo"
+_TRAINED = 20  # percent of the records that are trained on, few enough to be learnt in a minute
 _QUESTIONS = 4
 
 
@@ -32,10 +33,10 @@ class Road:
         print(f"\n== {self.step}. {text}", flush=True)
 
     def tool(self, path: str) -> list[str]:
-        """The command of a script in tools/; from an installed package, the module behind it."""
+        """The command of a script in tools/; from an installed package, what stands behind it."""
         if (self.tools / path).is_file():
             return ["python", str(Path(os.path.relpath(self.tools)) / path)]
-        return ["python", "-m", f"pyalpaca.commands.{Path(path).stem}"]
+        return ["python", "-m", "pyalpaca.commands", Path(path).stem]
 
     def run(self, command: Sequence[str], *, capture: bool = False) -> str:
         """Print a command, run it, return what it printed if `capture`; ValueError if it fails."""
@@ -75,6 +76,7 @@ def fresh(folder: Path) -> None:
 def _questions() -> list[str]:
     """Some instructions of the training set that stand without an input, Chinese and English."""
     records = json.loads(RECORDS.read_text(encoding="utf-8"))
+    records = records[: len(records) * _TRAINED // 100]
     alone = [r["instruction"] for r in records if not r["input"]]
     return alone[:: len(alone) // _QUESTIONS][:_QUESTIONS]
 
@@ -112,8 +114,11 @@ def walk(folder: Path, seed: int, steps: int) -> dict[str, object]:
     road.run([*prepare, *tokenizer, "--handler-name", "GeneralInstructionHandler"])
 
     road.say("Fine-tune: once on 4 processes from the Megatron folder, once on one from the Hugging Face folder")
-    settings = f"--data {data} --seq-length 128 --pad-to 16 --micro-batch-size 4 --global-batch-size 16 --steps {steps} --lr 3e-3"
-    recipe = [*settings.split(), "--split", "20,80,0", "--warmup-steps", "10", "--min-lr", "1e-4", "--seed", str(seed), "--log-every", "10"]
+    settings = (
+        f"--data {data} --seq-length 128 --pad-to 16 --micro-batch-size 4 --global-batch-size 16 --steps {steps} --lr 1.5e-3"
+    )
+    part = ["--split", f"{_TRAINED},{100 - _TRAINED},0"]
+    recipe = [*settings.split(), *part, "--warmup-steps", "10", "--min-lr", "1e-4", "--seed", str(seed), "--log-every", "10"]
     parallel, single = folder / "run-tp2-pp2", folder / "run-one-process"
     torchrun = ["torchrun", "--standalone", "--nproc_per_node"]
     split = ["--tp", "2", "--pp", "2"]
@@ -147,12 +152,12 @@ def walk(folder: Path, seed: int, steps: int) -> dict[str, object]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="pyalpaca demo",
-        description="Walk the whole road on a small model: make it, convert, merge, re-cut, prepare data, fine-tune on 4 processes and "
-        "on one, compare, generate. Each step is printed as the command that a user would type.",
+        description="Walk the whole road on a small model: make it, convert, merge, re-cut, prepare data, fine-tune on 4 "
+        "processes and on one, compare, generate. Each step is printed as the command that a user would type.",
     )
     p.add_argument("--output", default="runs/demo", type=Path, metavar="DIR", help="folder for all files (default runs/demo)")
     p.add_argument("--seed", default=42, type=int, metavar="N", help="the same seed gives the same numbers (default 42)")
-    p.add_argument("--steps", default=100, type=int, metavar="N", help="steps of fine-tuning (default 100)")
+    p.add_argument("--steps", default=150, type=int, metavar="N", help="steps of fine-tuning (default 150)")
     p.add_argument(
         "--real-width", action="store_true", help="one layer of the 7B at full width and with the real vocabularies instead"
     )

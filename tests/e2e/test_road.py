@@ -24,7 +24,15 @@ def demo(*flags: str) -> tuple[int, dict[str, object]]:
 def test_the_demo_ends_with_equal_digests_equal_text_and_a_small_error(tmp_path: Path) -> None:
     status, result = demo("--output", str(tmp_path), "--steps", "10")
     assert status == 0
-    assert list(result) == ["steps", "loss_first", "loss_last", "max_relative_error", "tp_pp_text_equal", "digest_equal", "seconds"]
+    assert list(result) == [
+        "steps",
+        "loss_first",
+        "loss_last",
+        "max_relative_error",
+        "tp_pp_text_equal",
+        "digest_equal",
+        "seconds",
+    ]
     assert result["steps"] == 10
     assert result["tp_pp_text_equal"] is True and result["digest_equal"] is True
     assert float(result["loss_last"]) < float(result["loss_first"])
