@@ -86,6 +86,10 @@ def run(command: Callable[[], int | None]) -> None:
     """
     try:
         status = command() or 0
+    except BrokenPipeError:
+        # Whoever read our output has enough of it (`pyalpaca digest --tensors | head`); Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("PYALPACA_TRACEBACK"):
             raise

@@ -12,7 +12,8 @@ import torch
 
 from pyalpaca.model import LlamaConfig, Tree, init, parameters
 
-torch.set_num_threads(2)
+# The tensors here are too small for a second thread to help, and on a busy machine it costs much.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

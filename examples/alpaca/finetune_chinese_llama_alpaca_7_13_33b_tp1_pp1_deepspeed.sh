@@ -4,7 +4,7 @@
 # SMOKE=1 runs the same layout on a tiny model on this CPU. The hyper-parameters are in finetune_tp1_pp1.toml.
 #
 # The recipe shares the optimizer's state among the devices by ZeRO-2, which pyalpaca does not do yet: each device would hold
-# 16 bytes for every weight, 112 GB for the 7B. So only SMOKE=1 runs; for real sizes take the tp4_pp2 script beside this one.
+# 18 bytes for every weight (fp16, fp32 master, two moments, gradient), 121 GB for the 7B. So only SMOKE=1 runs; for real sizes take the tp4_pp2 script beside this one.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 if [[ "${SMOKE:-0}" != 1 ]]; then
     echo "error: the $SIZE model does not fit on one device without ZeRO-2, which is not built yet;" \

@@ -277,7 +277,7 @@ def _config_from_shapes(path: Path, ranks: Ranks, vocab_size: int | None) -> Lla
     if vocab_size is None:
         raise ValueError(
             f"{path / 'config.json'}: not found, so the real vocabulary is unknown (the files hold a padded one); "
-            f"put the model's config.json there or give the vocabulary size"
+            f"put the model's config.json there or give the vocabulary size (--vocab-size)"
         )
     dialect, tp, first = ranks.dialect, ranks.tp, ranks.states[0][0]
     prefix, names = f"{LAYER_PREFIX[dialect]}.0", MODULES[dialect]

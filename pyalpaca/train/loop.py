@@ -49,7 +49,7 @@ from pyalpaca.train.step import Setup, TrainState, train_step
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def open_data(config: TrainConfig, vocab_size: int) -> Data:
+def open_data(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Data:
     """The training part of the data set that the settings name.
 
     ValueError if it has tokens that the model does not know, or nothing to learn.
@@ -75,7 +75,7 @@ def open_data(config: TrainConfig, vocab_size: int) -> Data:
         raise ValueError(
             f"{config.data}: none of its {len(data)} samples has an answer within {config.seq_length} tokens; raise --seq-length"
         )
-    if silent:
+    if silent and mesh.rank == 0:
         warnings.warn(
             f"{config.data}: {silent} of {len(data)} samples have no answer within {config.seq_length} tokens and teach nothing; "
             "raise --seq-length",
@@ -150,7 +150,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f"x data-parallel size {mesh.dp}"
         )
     reader = open_checkpoint(config.model, lora=_words(config.lora), vocab_size=config.vocab_size or None)
-    setup, data = plan(reader.config, config, mesh), open_data(config, reader.config.vocab_size)
+    setup, data = plan(reader.config, config, mesh), open_data(config, reader.config.vocab_size, mesh)
     run = Path(config.output)
     begun = (run / "latest").exists()
     if begun and not config.resume:
