@@ -6,6 +6,7 @@
 // whatever the lengths.
 #include <cmath>
 
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
@@ -19,17 +20,6 @@ constexpr int64_t kTile = 48;       // queries whose scores are computed togethe
 constexpr int64_t kBlock = 128;     // keys brought in together
 constexpr int64_t kTaskRows = 192;  // queries times heads of a task
 constexpr int64_t kFewRows = 4;     // up to which a transposed copy of the keys does not pay
-constexpr float kInfinity = __builtin_huge_valf();
-
-template <class T>
-const T* at(const Strided& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<const T*>(x.data) + batch * x.batch + token * x.token + head * x.head;
-}
-
-// How many of the keys from `block` on, at most `keys`, query `query` sees.
-PYALPACA_INLINE int64_t seen(const AttentionShape& s, int64_t query, int64_t block, int64_t keys) {
-  return s.causal ? max(min(query + s.q_offset + 1 - block, keys), 0) : keys;
-}
 
 // The softmax so far of one row: its maximum, and the sum of exponentials relative to it.
 struct Softmax {

@@ -3,6 +3,7 @@
 // A task is one key head with all its query heads: it owns dk and dv and the dq of those heads, so nothing is shared
 // between threads and the sums have one order. With p = exp(q k^T - lse) and delta = sum(dout * out):
 //   dv = p^T dout,   ds = p * (dout v^T - delta),   dq = scale ds k,   dk = scale ds^T q.
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
@@ -14,17 +15,6 @@ namespace {
 
 constexpr int64_t kTile = 96;   // queries
 constexpr int64_t kBlock = 96;  // keys
-constexpr float kInfinity = __builtin_huge_valf();
-
-template <class T>
-const T* at(const Strided& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<const T*>(x.data) + batch * x.batch + token * x.token + head * x.head;
-}
-
-// The number of keys from `block` on, at most `keys`, that query `query` sees.
-PYALPACA_INLINE int64_t seen(const AttentionShape& s, int64_t query, int64_t block, int64_t keys) {
-  return s.causal ? max(min(query + s.q_offset + 1 - block, keys), 0) : keys;
-}
 
 // Everything fp32. One head's queries: q is scaled.
 struct Memory {
