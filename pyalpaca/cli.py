@@ -31,6 +31,8 @@ _COMMANDS = (
     ("Weights", "convert", "pyalpaca.commands.convert", "any checkpoint layout to any other"),
     ("Weights", "merge", "pyalpaca.commands.merge", "merge LoRA adapters into a base model"),
     ("Weights", "digest", "pyalpaca.commands.digest", "one content digest for the same weights in every layout"),
+    ("Weights", "verify", "pyalpaca.commands.verify", "files against the published sha256"),
+    ("Weights", "diff", "pyalpaca.commands.diff", "how far apart two checkpoints are, tensor by tensor"),
     ("Text", "preprocess", "pyalpaca.commands.preprocess_data", "instruction or plain text to an indexed data set"),
     ("Text", "merge-tokenizers", "pyalpaca.commands.merge_tokenizers", "extend a SentencePiece vocabulary by another"),
     ("Training", "train", "pyalpaca.train.run", "fine-tune on one or many devices (under torchrun)"),

@@ -2,6 +2,7 @@
 
 from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, cast, memory_reader
 from pyalpaca.checkpoint.convert import LAYOUTS, convert, merge
+from pyalpaca.checkpoint.diff import TensorDiff, diff, diff_summary
 from pyalpaca.checkpoint.digest import combine, digest, tensor_digests
 from pyalpaca.checkpoint.hf import write_hf
 from pyalpaca.checkpoint.lora import describe_merge, write_adapter
@@ -22,6 +23,7 @@ from pyalpaca.checkpoint.pth import read_json
 from pyalpaca.checkpoint.sizes import SIZES, size_by_name, size_of
 from pyalpaca.checkpoint.tokens import copy as copy_tokenizer
 from pyalpaca.checkpoint.tokens import count as count_tokens
+from pyalpaca.checkpoint.verify import Published, Verdict, Verification, published, verify
 
 __all__ = [
     "DTYPES",
@@ -29,13 +31,19 @@ __all__ = [
     "SIZES",
     "NativeTensors",
     "Piece",
+    "Published",
     "Reader",
+    "TensorDiff",
+    "Verdict",
+    "Verification",
     "cast",
     "combine",
     "convert",
     "copy_tokenizer",
     "count_tokens",
     "describe_merge",
+    "diff",
+    "diff_summary",
     "digest",
     "find_native",
     "memory_reader",
@@ -44,11 +52,13 @@ __all__ = [
     "open_checkpoint",
     "open_meta",
     "padded_vocab",
+    "published",
     "read_json",
     "read_native_meta",
     "size_by_name",
     "size_of",
     "tensor_digests",
+    "verify",
     "write_adapter",
     "write_hf",
     "write_latest",
