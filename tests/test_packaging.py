@@ -115,6 +115,7 @@ def test_a_wheel_works_in_a_fresh_environment_outside_the_source(tmp_path: Path)
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("pyalpaca/_C.") and name.endswith(".so") for name in names)
     assert {"pyalpaca/_C.build.json", "pyalpaca/py.typed", "pyalpaca/cli.py"} <= set(names)
+    assert {"pyalpaca/demo/data/records.json", "pyalpaca/checkpoint/data/sha256.tsv"} <= set(names)
     assert not any(name.startswith(("tests/", "csrc/")) for name in names)
 
     venv.create(tmp_path / "fresh", with_pip=True)
