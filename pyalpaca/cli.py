@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from pyalpaca import __version__
+from pyalpaca.files import PARTIAL
 
 # A waiting OpenMP thread spins for milliseconds by default; where other programs want its core, a training step then takes
 # ten times as long. Spinning for some microseconds costs nothing on an idle machine. Read when torch is first imported.
@@ -81,6 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(import_module(modules[name]).main(arguments[1:]) or 0)
 
 
+def _sentence(error: Exception) -> str:
+    """What to print of an error. The operating system's own name no remedy, and perhaps a name that nobody typed."""
+    if isinstance(error, OSError) and error.filename is not None:
+        path = str(error.filename).removesuffix(PARTIAL)
+        return f"{path}: {error.strerror}; check that the path exists, may be read and written, and has space left"
+    return str(error)
+
+
 def run(command: Callable[[], int | None]) -> None:
     """Run a command's main and exit: 0 when done, 2 with one sentence for bad input or a diverged training, 130 when interrupted.
 
@@ -99,7 +108,7 @@ def run(command: Callable[[], int | None]) -> None:
             # Bad input is the same on every rank: rank 0 says it, and torchrun ends the others while they wait here. What
             # only this rank has found is said after all.
             time.sleep(3)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

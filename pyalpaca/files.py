@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_MARK = ".partial"
+PARTIAL = ".partial"
+"""The ending of what is still being written."""
 
 
 def sync(path: Path) -> None:
@@ -25,7 +26,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling to write; on success it takes the name `path`, on failure it is removed."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(final.name + _MARK)
+    partial = final.with_name(final.name + PARTIAL)
     try:
         yield partial
         sync(partial)
@@ -46,7 +47,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     if final.exists() and not final.is_dir():
         raise ValueError(f"{final}: is a file, expected a folder or nothing; choose another output folder")
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(final.name + _MARK)
+    partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:

@@ -82,6 +82,11 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     [
         (ValueError("a.bin: is empty"), 2, "error: a.bin: is empty\n"),
         (FileNotFoundError("b: not found"), 2, "error: b: not found\n"),
+        (
+            PermissionError(13, "Permission denied", "/x/model.partial"),
+            2,
+            "error: /x/model: Permission denied; check that the path exists, may be read and written, and has space left\n",
+        ),
         (FloatingPointError("step 3: loss nan"), 2, "error: step 3: loss nan\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

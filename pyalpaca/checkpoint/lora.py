@@ -54,6 +54,8 @@ def open_adapter(path: Path) -> Adapter:
     """Open an adapter folder; ValueError or FileNotFoundError for what is missing, damaged or unknown to the merge."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: not found, expected the folder of a LoRA adapter; check the path")
+    if not (path / CONFIG).exists():
+        raise FileNotFoundError(f"{path / CONFIG}: not found, so {path.name} is no LoRA adapter; give the folder that PEFT wrote")
     fields = read_json(path / CONFIG)
     for key in ("r", "lora_alpha"):
         value = fields.get(key)

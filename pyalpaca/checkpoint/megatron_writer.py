@@ -62,7 +62,10 @@ def write_megatron(
         raise ValueError(f"the DeepSpeed variant has no pipeline stages, {pp} asked for; use a pipeline-parallel size of 1")
     if divisible_by < 1:
         raise ValueError(f"the vocabulary can't be divisible by {divisible_by}; 128 is usual")
-    check_parallel(config, tp, pp)
+    try:
+        check_parallel(config, tp, pp)
+    except ValueError as error:
+        raise ValueError(f"{reader.path}: {error}") from None
     files = {(rank, stage): _file_name(rank, stage, pp, deepspeed) for stage in range(pp) for rank in range(tp)}
     tracker = TRACKERS["deepspeed" if deepspeed else "megatron"]
     refuse_mixing(out, {*files.values(), tracker})

@@ -196,7 +196,7 @@ def write_meta(reader: Reader, out: str | Path, *, num_shards: int | None = None
     heads = config.num_heads, config.num_kv_heads
     for what, total in (("heads", heads[0]), ("key/value heads", heads[1]), ("feed-forward rows", config.intermediate_size)):
         if total % n:
-            raise ValueError(f"{total} {what} can't be cut into {n} shards; choose a number of shards that divides them")
+            raise ValueError(f"{reader.path}: {total} {what} can't be cut into {n} shards; choose a number that divides them")
     table = {p.name: meta_name(p.name) for p in parameters(config)}
     written = {f"consolidated.{i:02d}.pth" for i in range(n)}
     refuse_mixing(out, {*written, "params.json"})

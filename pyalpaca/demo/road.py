@@ -167,6 +167,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the last line is one JSON object, the exit status 1 if something in it is not as it should be."""
     args = parser().parse_args(argv)
+    if args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}, expected at least 1")
     if args.real_width:
         from pyalpaca.demo.real_width import walk as walk_real_width
 

@@ -204,6 +204,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             save(state, setup, run)
     bar.close()
     if not records:
+        if main:
+            print(f"{run}: has done {first} steps and {config.steps} are asked for, so nothing is left to do; raise --steps")
         return {"steps": 0}
     ends = {"loss_first": records[0]["loss"], "loss_last": records[-1]["loss"]}
     return {"steps": len(records), **ends, **throughput(records, mesh.world)}

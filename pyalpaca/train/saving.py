@@ -18,7 +18,7 @@ from pyalpaca.checkpoint import (
     write_native_manifest,
     write_native_shard,
 )
-from pyalpaca.files import sync
+from pyalpaca.files import PARTIAL, sync
 from pyalpaca.model import Parameter, flatten, load, shard
 from pyalpaca.parallel import barrier, gather_objects
 from pyalpaca.train.optimizer import OptimizerState
@@ -26,13 +26,12 @@ from pyalpaca.train.schedule import LossScale
 from pyalpaca.train.step import Setup, TrainState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "master")
-_PARTIAL = ".partial"
 
 
 def save(state: TrainState, setup: Setup, run: Path) -> Path:
     """Write run/step_XXXXXXX, point `latest` at it and delete all but the newest `keep`; every rank must call it."""
     mesh, name = setup.mesh, f"step_{state.step:07d}"
-    partial = run / f"{name}{_PARTIAL}"
+    partial = run / f"{name}{PARTIAL}"
     try:
         _write(state, setup, run, partial)
     finally:
@@ -87,7 +86,7 @@ def _write(state: TrainState, setup: Setup, run: Path, partial: Path) -> None:
 
 def tidy(run: Path) -> None:
     """Remove what a save that was killed has left in a run folder."""
-    for partial in run.glob(f"step_*{_PARTIAL}"):
+    for partial in run.glob(f"step_*{PARTIAL}"):
         shutil.rmtree(partial)
 
 

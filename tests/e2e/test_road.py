@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyalpaca.demo.make_model import RECORDS, make
-from pyalpaca.demo.road import fresh
+from pyalpaca.demo.road import fresh, main
 
 
 def demo(*flags: str) -> tuple[int, dict[str, object]]:
@@ -78,6 +78,12 @@ def test_the_shipped_records_are_unique_alpaca_records_in_both_languages() -> No
     assert len({(r["instruction"], r["input"]) for r in records}) == len(records)
     chinese = sum(any("\u4e00" <= c <= "\u9fff" for c in r["instruction"] + r["output"]) for r in records)
     assert 0.4 < chinese / len(records) < 0.8
+
+
+def test_a_demo_without_steps_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--steps is 0, expected at least 1"):
+        main(["--output", str(tmp_path / "demo"), "--steps", "0"])
+    assert not (tmp_path / "demo").exists()
 
 
 def test_a_folder_with_files_of_a_user_is_left_alone(tmp_path: Path) -> None:

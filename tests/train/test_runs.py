@@ -157,7 +157,7 @@ def test_samples_that_teach_nothing_are_pointed_out(road: Path, tmp_path: Path) 
         train(settings(road, tmp_path / "run", steps=1, seq_length=20))
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(road: Path, tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_is_not_overwritten(road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(settings(road, tmp_path / "run"))
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(
@@ -167,5 +167,6 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(road: Path, tmp_path: Path
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     again = settings(road, tmp_path / "run", resume=True)
     assert train(again) == train(replace(again, model=again.output)) == {"steps": 0}
+    assert "has done 4 steps and 4 are asked for, so nothing is left to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match="hf: is the folder of the model itself"):
         train(settings(road, road / "hf"))
