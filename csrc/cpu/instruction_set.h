@@ -10,5 +10,6 @@ void rms_norm_backward(const RmsNormBackward& a);
 void rope(const Rope& a);
 void flash_attention(const FlashAttention& a);
 void flash_attention_backward(const FlashAttentionBackward& a);
+void lora_merge(const LoraMerge& a);
 
 }  // namespace pyalpaca::cpu::PYALPACA_ISA

@@ -17,13 +17,16 @@ namespace pyalpaca::cpu {
 namespace {
 
 constexpr Kernels kBaseline = {
-    "baseline",     baseline::rms_norm,        baseline::rms_norm_backward,
-    baseline::rope, baseline::flash_attention, baseline::flash_attention_backward,
+    "baseline",           baseline::rms_norm,        baseline::rms_norm_backward,
+    baseline::rope,       baseline::flash_attention, baseline::flash_attention_backward,
+    baseline::lora_merge,
 };
 
 #ifdef PYALPACA_AVX2
 constexpr Kernels kAvx2 = {
-    "avx2", avx2::rms_norm, avx2::rms_norm_backward, avx2::rope, avx2::flash_attention, avx2::flash_attention_backward,
+    "avx2",           avx2::rms_norm,        avx2::rms_norm_backward,
+    avx2::rope,       avx2::flash_attention, avx2::flash_attention_backward,
+    avx2::lora_merge,
 };
 #endif
 

@@ -47,6 +47,18 @@ struct Rope {
   bool inverse;
 };
 
+// out = weight + scale * (b a)
+struct LoraMerge {
+  Dtype dtype;  // of weight and out
+  const void* weight;
+  int64_t weight_stride;  // between rows
+  const float* b;         // (rows, rank)
+  const float* a;         // (rank, columns)
+  void* out;              // (rows, columns)
+  int64_t rows, columns, rank;
+  float scale;
+};
+
 struct Strided {
   const void* data;
   int64_t batch, token, head;
@@ -82,6 +94,7 @@ struct Kernels {
   void (*rope)(const Rope&);
   void (*flash_attention)(const FlashAttention&);
   void (*flash_attention_backward)(const FlashAttentionBackward&);
+  void (*lora_merge)(const LoraMerge&);
 };
 
 const Kernels& kernels();

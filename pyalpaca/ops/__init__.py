@@ -1,12 +1,12 @@
 """The operators of the model, each differentiable and served by one of several backends (C++, NPU, plain torch).
 
-rms_norm(x, weight, eps), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...): fp32, bf16 and fp16 on CPU run
+rms_norm(x, weight, eps), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), lora_merge(weight, b, a, scale): fp32, bf16 and fp16 on CPU run
 in C++, every other dtype and device in plain torch. PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")`
 choose by name; `backend_report()` says which backend serves which operator, and why.
 """
 
 from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report
-from pyalpaca.ops.operators import flash_attention, flash_attention_lse, rms_norm, rope
+from pyalpaca.ops.operators import flash_attention, flash_attention_lse, lora_merge, rms_norm, rope
 
 __all__ = [
     "BACKENDS",
@@ -15,6 +15,7 @@ __all__ = [
     "backend_report",
     "flash_attention",
     "flash_attention_lse",
+    "lora_merge",
     "rms_norm",
     "rope",
 ]

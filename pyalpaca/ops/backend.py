@@ -16,7 +16,7 @@ from torch import Tensor
 from pyalpaca.ops import cpp, extension, npu, reference
 
 BACKENDS = ("auto", "cpp", "npu", "reference")
-OPERATORS = ("rms_norm", "rope", "flash_attention")
+OPERATORS = ("rms_norm", "rope", "flash_attention", "lora_merge")
 
 
 class Backend(Protocol):
@@ -31,6 +31,8 @@ class Backend(Protocol):
     def flash_attention(
         self, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
     ) -> tuple[Tensor, Tensor]: ...
+
+    def lora_merge(self, weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor: ...
 
 
 _MODULES: dict[str, Backend] = {"cpp": cpp, "npu": npu, "reference": reference}

@@ -35,6 +35,11 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    merged: Tensor = torch.ops.pyalpaca.lora_merge.default(weight, b, a, scale)
+    return merged
+
+
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,10 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    return reference.lora_merge(weight, b, a, scale)
+
+
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:

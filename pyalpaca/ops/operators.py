@@ -24,6 +24,15 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return choose("rope", x_BSHd).rope(x_BSHd, cos, sin)
 
 
+def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """A weight with LoRA factors merged in: weight + scale * (b a) (Hu et al. 2021), for adapters; it has no gradient.
+
+    weight (O, I); b fp32 (O, r) and a fp32 (r, I) -> like weight. The product is rounded to fp32, then scaled and rounded,
+    then added, and the sum is rounded to the dtype of weight.
+    """
+    return choose("lora_merge", weight).lora_merge(weight, b, a, scale)
+
+
 def flash_attention(
     q_BSHd: Tensor,
     k_BTKd: Tensor,

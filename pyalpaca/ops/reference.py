@@ -30,6 +30,11 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHd.dtype)
 
 
+def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """weight + scale * (b a), each step rounded to fp32 and the sum to the dtype of weight, as the original merge does."""
+    return (_wide(weight) + (_wide(b) @ _wide(a)) * scale).to(weight.dtype)
+
+
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:
