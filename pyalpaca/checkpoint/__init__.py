@@ -1,7 +1,8 @@
 """The checkpoint room: every layout is a lazy Reader over the same canonical tensors, and a writer from it."""
 
-from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, cast, memory_reader
-from pyalpaca.checkpoint.convert import LAYOUTS, convert, merge
+from pyalpaca.checkpoint.canonical import DTYPES, Reader, cast, memory_reader
+from pyalpaca.checkpoint.container.tensor_file import Piece, read_json
+from pyalpaca.checkpoint.convert import LAYOUTS, Output, convert, merge, plan_conversion, plan_merge
 from pyalpaca.checkpoint.diff import TensorDiff, diff, diff_summary
 from pyalpaca.checkpoint.digest import combine, digest, tensor_digests
 from pyalpaca.checkpoint.hf import write_hf
@@ -19,7 +20,7 @@ from pyalpaca.checkpoint.native import (
     write_native_shard,
 )
 from pyalpaca.checkpoint.open import open_checkpoint
-from pyalpaca.checkpoint.pth import read_json
+from pyalpaca.checkpoint.plan import Plan, describe, execute
 from pyalpaca.checkpoint.sizes import SIZES, size_by_name, size_of
 from pyalpaca.checkpoint.tokens import copy as copy_tokenizer
 from pyalpaca.checkpoint.tokens import count as count_tokens
@@ -30,7 +31,9 @@ __all__ = [
     "LAYOUTS",
     "SIZES",
     "NativeTensors",
+    "Output",
     "Piece",
+    "Plan",
     "Published",
     "Reader",
     "TensorDiff",
@@ -41,10 +44,12 @@ __all__ = [
     "convert",
     "copy_tokenizer",
     "count_tokens",
+    "describe",
     "describe_merge",
     "diff",
     "diff_summary",
     "digest",
+    "execute",
     "find_native",
     "memory_reader",
     "merge",
@@ -52,6 +57,8 @@ __all__ = [
     "open_checkpoint",
     "open_meta",
     "padded_vocab",
+    "plan_conversion",
+    "plan_merge",
     "published",
     "read_json",
     "read_native_meta",

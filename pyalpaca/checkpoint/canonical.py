@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyalpaca.checkpoint.container.tensor_file import Piece, dtype_name
 from pyalpaca.model import LlamaConfig, parameters, whole_slice
-
-Piece = tuple[int, int, int]
-"""(dim, start, stop): rows or columns [start, stop) of a whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +154,6 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major, little-endian."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
 def total_bytes(reader: Reader, names: Iterable[str] | None = None) -> int:
     """Bytes of the tensors (all of them by default)."""
     chosen = reader.names if names is None else names
@@ -168,8 +161,3 @@ def total_bytes(reader: Reader, names: Iterable[str] | None = None) -> int:
 
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float16` for torch.float16."""
-    return str(dtype).removeprefix("torch.")

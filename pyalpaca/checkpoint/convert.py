@@ -1,18 +1,73 @@
-"""Any layout to any other: a writer after a reader."""
+"""Any layout to any other: a plan over a reader, carried out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyalpaca.checkpoint.canonical import DTYPES, Reader, cast
-from pyalpaca.checkpoint.hf import write_hf
-from pyalpaca.checkpoint.megatron_writer import write_megatron
-from pyalpaca.checkpoint.meta import write_meta
-from pyalpaca.checkpoint.native import write_native
+from pyalpaca.checkpoint.container.torch_layout import CONTAINERS, DEFAULT_CONTAINER
+from pyalpaca.checkpoint.hf import plan_hf
+from pyalpaca.checkpoint.megatron_writer import plan_megatron
+from pyalpaca.checkpoint.meta import plan_meta
+from pyalpaca.checkpoint.native import plan_native
 from pyalpaca.checkpoint.open import open_checkpoint
+from pyalpaca.checkpoint.plan import Plan, execute
 
 LAYOUTS = ("hf", "meta", "megatron", "deepspeed", "native")
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a model is to be written; what a layout has no use for is ignored.
+
+    dtype: of all tensors; None: as they are. tp, pp, dialect, merge_mlp, divisible_by, padding: megatron and deepspeed.
+    weights, max_shard_size: hf. num_shards: meta; None: as Meta published that size. container: of files as torch.save's.
+    """
+
+    layout: str
+    dtype: str | None = None
+    tp: int = 1
+    pp: int = 1
+    dialect: str = "A"
+    merge_mlp: bool = False
+    divisible_by: int = 128
+    padding: str = "copy"
+    weights: str = "safetensors"
+    max_shard_size: str = "5GB"
+    num_shards: int | None = None
+    container: str = DEFAULT_CONTAINER
+
+
+def plan_conversion(reader: Reader, output: Output) -> Plan:
+    """The plan that writes a reader's model. ValueError for a model that can't be written so."""
+    for what, value, known in (
+        ("layout", output.layout, LAYOUTS),
+        ("dtype", output.dtype or "float16", DTYPES),
+        ("container", output.container, CONTAINERS),
+    ):
+        if value not in known:
+            raise ValueError(f"{what} {value!r} is not one of {', '.join(known)}")
+    reader = cast(reader, DTYPES[output.dtype] if output.dtype else None)
+    if output.layout == "hf":
+        return plan_hf(reader, weights=output.weights, max_shard_size=output.max_shard_size, container=output.container)
+    if output.layout == "meta":
+        return plan_meta(reader, num_shards=output.num_shards, container=output.container)
+    if output.layout == "native":
+        return plan_native(reader)
+    return plan_megatron(
+        reader,
+        tp=output.tp,
+        pp=output.pp,
+        dialect=output.dialect,
+        deepspeed=output.layout == "deepspeed",
+        merge_mlp=output.merge_mlp,
+        divisible_by=output.divisible_by,
+        padding=output.padding,
+        container=output.container,
+    )
 
 
 def convert(
@@ -22,61 +77,35 @@ def convert(
     *,
     lora: Sequence[str | Path] = (),
     vocab_size: int | None = None,
-    dtype: str | None = None,
-    tp: int = 1,
-    pp: int = 1,
-    dialect: str = "A",
-    merge_mlp: bool = False,
-    divisible_by: int = 128,
-    weights: str = "safetensors",
-    max_shard_size: str = "5GB",
-    num_shards: int | None = None,
+    **output: Any,
 ) -> Reader:
     """Write the model in `source`, adapters merged in, to `out` in the layout `to`; returns the reader that was written.
 
-    Raises ValueError or FileNotFoundError, one sentence, before anything is written.
+    output: more fields of `Output`. Raises ValueError or FileNotFoundError, one sentence, before anything is written.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"layout {to!r} is not one of {', '.join(LAYOUTS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    reader = cast(open_checkpoint(source, lora=lora, vocab_size=vocab_size), DTYPES[dtype] if dtype else None)
-    folder = Path(out)
-    if to == "hf":
-        write_hf(reader, folder, weights=weights, max_shard_size=max_shard_size)
-    elif to == "meta":
-        write_meta(reader, folder, num_shards=num_shards)
-    elif to == "native":
-        write_native(reader, folder)
-    else:
-        write_megatron(
-            reader,
-            folder,
-            tp=tp,
-            pp=pp,
-            dialect=dialect,
-            deepspeed=to == "deepspeed",
-            merge_mlp=merge_mlp,
-            divisible_by=divisible_by,
-        )
-    return reader
+    planned = plan_conversion(open_checkpoint(source, lora=lora, vocab_size=vocab_size), Output(to, **output))
+    execute(planned, out)
+    return planned.reader
 
 
-def merge(
-    base: str | Path, lora: Sequence[str | Path], out: str | Path, to: str = "hf", *, num_shards: int | None = None
-) -> Reader:
-    """Merge adapters into `base` and write `hf` or `meta`; a base in .bin gives .bin, cut as the base is, else safetensors.
+def plan_merge(base: str | Path, lora: Sequence[str | Path], output: Output) -> Plan:
+    """The merge of adapters into `base`, as `hf` or `meta`; a base in .bin gives .bin, cut as the base is, else safetensors.
 
-    Raises ValueError or FileNotFoundError, one sentence, before anything is written.
+    Raises ValueError or FileNotFoundError, one sentence.
     """
-    if to not in ("hf", "meta"):
-        raise ValueError(f"layout {to!r} is not one of hf, meta; use `pyalpaca convert --lora` for others")
+    if output.layout not in ("hf", "meta"):
+        raise ValueError(f"layout {output.layout!r} is not one of hf, meta; use `pyalpaca convert --lora` for others")
     if not lora:
         raise ValueError("no adapter given to merge; name at least one")
     reader = open_checkpoint(base, lora=lora)
-    if to == "meta":
-        write_meta(reader, Path(out), num_shards=num_shards)
-    else:
-        weights = "bin" if any(name.endswith(".bin") for name in reader.files.values()) else "safetensors"
-        write_hf(reader, Path(out), weights=weights, files=reader.files)
-    return reader
+    if output.layout == "meta":
+        return plan_conversion(reader, output)
+    weights = "bin" if any(name.endswith(".bin") for name in reader.files.values()) else "safetensors"
+    return plan_hf(reader, weights=weights, files=reader.files, container=output.container)
+
+
+def merge(base: str | Path, lora: Sequence[str | Path], out: str | Path, to: str = "hf", **output: Any) -> Reader:
+    """Merge adapters into `base` and write it, see `plan_merge`; returns the reader that was written."""
+    planned = plan_merge(base, lora, Output(to, **output))
+    execute(planned, out)
+    return planned.reader

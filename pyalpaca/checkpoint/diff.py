@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyalpaca.checkpoint.canonical import Reader, dtype_name
+from pyalpaca.checkpoint.canonical import Reader
+from pyalpaca.checkpoint.container.tensor_file import dtype_name
 
 _CHUNK = 1 << 22  # elements compared at a time, so that what is computed stays small beside the tensor
 _HALVES = (torch.float16, torch.bfloat16, torch.float32)

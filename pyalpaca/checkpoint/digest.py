@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-from pyalpaca.checkpoint.canonical import Reader, dtype_name, raw_bytes, total_bytes
+from pyalpaca.checkpoint.canonical import Reader, total_bytes
+from pyalpaca.checkpoint.container.tensor_file import dtype_name, raw_bytes
 
 
 def tensor_digests(reader: Reader) -> Iterator[tuple[str, str]]:

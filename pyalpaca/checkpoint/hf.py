@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Reader, check_shapes, dtype_name, own, parse_config, total_bytes
-from pyalpaca.checkpoint.mixing import refuse_mixing
-from pyalpaca.checkpoint.pth import open_tensors, read_json, write_safetensors
+from pyalpaca.checkpoint.canonical import Reader, check_shapes, parse_config, total_bytes
+from pyalpaca.checkpoint.container.safetensors_file import safetensors_layout
+from pyalpaca.checkpoint.container.tensor_file import dtype_name, read_json
+from pyalpaca.checkpoint.container.torch_file import open_tensors
+from pyalpaca.checkpoint.container.torch_layout import DEFAULT_CONTAINER, torch_layout
+from pyalpaca.checkpoint.plan import Checksums, Plan, as_it_is, execute
 from pyalpaca.checkpoint.tokens import write_json
-from pyalpaca.files import atomic_folder
 from pyalpaca.model import config_from_hf, config_to_hf, natural_key
 
 KINDS = {"safetensors": "model", "bin": "pytorch_model"}
@@ -153,43 +151,40 @@ def plan_shards(reader: Reader, weights: str, max_shard_size: str = "5GB") -> di
     return {name: file for file, group in zip(files, groups, strict=True) for name in group}
 
 
-def write_hf(
+def plan_hf(
     reader: Reader,
-    out: str | Path,
     *,
     weights: str = "safetensors",
     max_shard_size: str = "5GB",
     files: Mapping[str, str] | None = None,
-) -> None:
-    """Write a Hugging Face folder: weights, index, config.json, generation_config.json and tokenizer files.
+    container: str = DEFAULT_CONTAINER,
+) -> Plan:
+    """A Hugging Face folder: weights, index, config.json, generation_config.json and tokenizer files.
 
-    weights: `safetensors` (written tensor by tensor) or `bin` (one shard in memory).
+    weights: `safetensors` or `bin`. container: of .bin files, which torch.save's layout they follow.
     files: {name: file name}, to lay the tensors out as another folder does; otherwise shards of at most `max_shard_size`.
     """
     if weights not in KINDS:
         raise ValueError(f"weights {weights!r} are not one of {', '.join(KINDS)}")
     place = dict(files) if files else plan_shards(reader, weights, max_shard_size)
-    names = sorted(set(place.values()), key=natural_key)
+    layouts = []
+    for file in sorted(set(place.values()), key=natural_key):
+        specs = {name: (reader.shapes[name], reader.dtypes[name]) for name in reader.names if place[name] == file}
+        layouts.append(safetensors_layout(file, specs) if weights == "safetensors" else torch_layout(file, specs, container))
     index = f"{KINDS[weights]}.{weights}.index.json"
-    sharded = names != [f"{KINDS[weights]}.{weights}"]
-    refuse_mixing(out, {*names, *([index] if sharded else [])})
-    bar = tqdm(total=total_bytes(reader), unit="B", unit_scale=True, desc="writing", disable=None)
-    with atomic_folder(out) as folder, bar:
-        for file in names:
-            chosen = [name for name in reader.names if place[name] == file]
-            read = _reading(reader, chosen, bar)
-            if weights == "safetensors":
-                write_safetensors(folder / file, {n: (reader.shapes[n], reader.dtypes[n]) for n in chosen}, read)
-            else:
-                torch.save({name: own(tensor) for name, tensor in read}, folder / file)
+    sharded = [file.name for file in layouts] != [f"{KINDS[weights]}.{weights}"]
+
+    def finish(folder: Path, checksums: Checksums) -> None:
         if sharded:
             write_json(folder / index, {"metadata": {"total_size": total_bytes(reader)}, "weight_map": place})
         write_config(reader, folder)
         tokens.copy(reader.tokenizer, folder)
 
+    steps = [as_it_is(place[name], name) for name in reader.names]
+    small = (*([index] if sharded else []), "config.json", "generation_config.json", *tokens.present(reader.tokenizer))
+    return Plan("hf", reader, layouts, steps, small, finish)
 
-def _reading(reader: Reader, names: list[str], bar: Any) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        tensor = reader.read(name)
-        yield name, tensor
-        bar.update(tensor.numel() * tensor.element_size())
+
+def write_hf(reader: Reader, out: str | Path, **how: Any) -> None:
+    """Write a Hugging Face folder; `how` is `plan_hf`'s."""
+    execute(plan_hf(reader, **how), out)

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them: opened, checked against their base, merged in a view, written.
+"""LoRA adapters checked against their base and against each other, and merged in a view.
 
 The merge is bit for bit the original scripts': for every tensor and every adapter in order, a full tensor replaces it (cast to
 fp16); factors add T(fp32(B) @ fp32(A)) * (lora_alpha / r) to it in fp32, and the sum is rounded to fp16 after each adapter.
@@ -6,119 +6,36 @@ fp16); factors add T(fp32(B) @ fp32(A)) * (lora_alpha / r) to it in fp32, and th
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Piece, Reader, own
-from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json, write_safetensors
-from pyalpaca.checkpoint.tokens import write_json
-from pyalpaca.files import atomic_folder
+from pyalpaca.checkpoint.adapter import CONFIG, Adapter, open_adapter
+from pyalpaca.checkpoint.adapter import canonical_key as canonical_key
+from pyalpaca.checkpoint.adapter import is_adapter as is_adapter
+from pyalpaca.checkpoint.adapter import write_adapter as write_adapter
+from pyalpaca.checkpoint.canonical import Reader
+from pyalpaca.checkpoint.container.tensor_file import Piece
 from pyalpaca.model import parameters, whole_slice
+from pyalpaca.ops import lora_merge
 
-CONFIG = "adapter_config.json"
-_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter, opened: which canonical tensors it replaces (`full`) or adds to (`factors`), and by which keys of its file."""
-
-    path: Path
-    file: TensorFile
-    r: int
-    scale: float
-    transpose: bool
-    full: Mapping[str, str]
-    factors: Mapping[str, tuple[str, str]]
-    tokenizer: Path | None
-
-    def full_shape(self, name: str) -> tuple[int, ...] | None:
-        return self.file.shapes[self.full[name]] if name in self.full else None
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter instead of a model."""
-    return (path / CONFIG).is_file() or any((path / name).is_file() for name in _FILES)
-
-
-def open_adapter(path: Path) -> Adapter:
-    """Open an adapter folder; ValueError or FileNotFoundError for what is missing, damaged or unknown to the merge."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: not found, expected the folder of a LoRA adapter; check the path")
-    if not (path / CONFIG).exists():
-        raise FileNotFoundError(f"{path / CONFIG}: not found, so {path.name} is no LoRA adapter; give the folder that PEFT wrote")
-    fields = read_json(path / CONFIG)
-    for key in ("r", "lora_alpha"):
-        value = fields.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"{path / CONFIG}: {key} is {value!r}, expected a positive number; restore the adapter's own config")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
-        if fields.get(key):
-            raise ValueError(
-                f"{path / CONFIG}: {key} is {fields[key]!r}, which this merge does not know; merge this adapter with peft"
-            )
-    name = next((n for n in _FILES if (path / n).is_file()), None)
-    if name is None:
-        raise FileNotFoundError(f"{path / _FILES[1]}: not found, expected {' or '.join(_FILES)}; download the adapter's weights")
-    file = open_tensors(path / name)
-    full, factors = _parse_keys(file)
-    r = int(fields["r"])
-    scale = fields["lora_alpha"] / (r**0.5 if fields.get("use_rslora") else r)
-    for module, (a, _) in factors.items():
-        if file.shapes[a][0] != r:
-            raise ValueError(
-                f"{file.path}: {module} has rank {file.shapes[a][0]}, but {CONFIG} says r = {r}; restore the adapter's own config"
-            )
-    return Adapter(path, file, r, scale, bool(fields.get("fan_in_fan_out")), full, factors, tokens.find(path))
-
-
-def canonical_key(key: str) -> str:
-    """A key of an adapter file without PEFT's decorations: `base_model.model.`, `modules_to_save.`, `default.`, ..."""
-    for prefix in ("base_model.model.", "base_model."):
-        if key.startswith(prefix):
-            key = key.removeprefix(prefix)
-            break
-    return re.sub(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)", "", key)
-
-
-def _parse_keys(file: TensorFile) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
-    """({canonical name: key of the full tensor}, {canonical name: (key of A, key of B)})."""
-    full: dict[str, str] = {}
-    halves: dict[str, dict[str, str]] = {}
-    for key in file.shapes:
-        name = canonical_key(key)
-        if name.endswith("rotary_emb.inv_freq") or ".original_module." in name:
-            continue  # buffers, and the copy of the base that old PEFT kept beside a saved module
-        match = _FACTOR.fullmatch(name)
-        group = halves.setdefault(f"{match[1]}.weight", {}) if match else full
-        place = match[2] if match else name
-        if place in group:
-            raise ValueError(f"{file.path}: {key} and {group[place]} are the same tensor; remove one of them")
-        group[place] = key
-    for name, pair in halves.items():
-        if len(pair) < 2:
-            raise ValueError(
-                f"{file.path}: {name} has lora_{next(iter(pair))} alone, expected lora_A and lora_B; download it again"
-            )
-    return full, {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
 
 
 def merged(base: Reader, paths: Sequence[Path]) -> Reader:
-    """A view of `base` with the adapters merged in, in the given order; all tensors fp16, nothing is read yet.
+    """A view of `base` with the adapters merged in, in the given order; all tensors fp16, nothing of `base` is read yet.
 
     The vocabulary and the tokenizer are the last adapter's that has one. A base in another type than fp16 is rounded where no
     adapter touches it, as the original does by loading the base in fp16.
-    Raises ValueError, before anything is read or written, for adapters that match nothing, are in the wrong order, lack the
-    embeddings that their tokenizer needs, have a tokenizer that does not fit, or other shapes than the base.
+    Raises ValueError for adapters that match nothing, are in the wrong order, incomplete or not finite, lack the embeddings that
+    their tokenizer needs, have a tokenizer that does not fit or other shapes than the base, and for published ones that are
+    known to go on another base.
     """
     adapters = [open_adapter(path) for path in paths]
     _check_vocabularies(base, adapters)
@@ -126,21 +43,21 @@ def merged(base: Reader, paths: Sequence[Path]) -> Reader:
     for adapter in adapters:
         vocab_size = (adapter.full_shape("model.embed_tokens.weight") or (vocab_size,))[0]
         _check_targets(base, adapter, vocab_size)
+    _check_recipe(base, adapters)
+    for adapter in adapters:
+        _check_finite(adapter)
     config = replace(base.config, vocab_size=vocab_size)
     shapes = {p.name: p.shape for p in parameters(config)}
 
     def fetch(name: str, piece: Piece | None) -> Tensor:
         # What comes before the last full tensor has no effect.
         last = max((i for i, adapter in enumerate(adapters) if name in adapter.full), default=None)
-        if last is None:
-            weight, todo = base.read(name, piece), adapters
-        else:
-            weight, todo = adapters[last].file.read(adapters[last].full[name], piece).to(torch.float16), adapters[last:]
-        for adapter in todo:
+        weight = base.read(name, piece) if last is None else adapters[last].file.read(adapters[last].full[name], piece)
+        weight = weight.to(torch.float16)
+        for adapter in adapters[last or 0 :]:
             if name in adapter.factors:
-                # The product is made whole and then cut: BLAS may sum a smaller one in another order.
-                weight = (weight.float() + whole_slice(delta(adapter, name), piece)).to(torch.float16)
-        return weight.to(torch.float16)
+                weight = _add(adapter, name, weight, piece)
+        return weight
 
     return replace(
         base,
@@ -152,11 +69,14 @@ def merged(base: Reader, paths: Sequence[Path]) -> Reader:
     )
 
 
-def delta(adapter: Adapter, name: str) -> Tensor:
-    """What an adapter adds to a tensor, fp32 (out, in): T(B @ A) * lora_alpha / r."""
-    a, b = (adapter.file.read(key, None).float() for key in adapter.factors[name])
-    product = b @ a
-    return (product.T if adapter.transpose else product) * adapter.scale
+def _add(adapter: Adapter, name: str, weight: Tensor, piece: Piece | None) -> Tensor:
+    """A weight (or its piece) and what the adapter adds to it: T(B @ A) * lora_alpha / r."""
+    factors = adapter.factors[name]
+    a, b = (adapter.file.read(key, None).float() for key in (factors.a, factors.b))
+    left, right = (a.T, b.T) if factors.transpose else (b, a)
+    if piece is not None:
+        left, right = (whole_slice(left, piece), right) if piece[0] == 0 else (left, whole_slice(right, piece))
+    return lora_merge(weight, left, right, factors.scale)
 
 
 def describe_merge(names: Iterable[str], paths: Sequence[str | Path]) -> list[str]:
@@ -168,7 +88,7 @@ def describe_merge(names: Iterable[str], paths: Sequence[str | Path]) -> list[st
             if name in adapter.full:
                 lines.append(f"{name}: replaced by {adapter.path}")
             if name in adapter.factors:
-                lines.append(f"{name}: B @ A * {adapter.scale:g} added from {adapter.path}")
+                lines.append(f"{name}: B @ A * {adapter.factors[name].scale:g} added from {adapter.path}")
     return lines
 
 
@@ -183,6 +103,7 @@ def _check_targets(base: Reader, adapter: Adapter, rows: int) -> None:
         )
     if not adapter.full and not adapter.factors:
         raise ValueError(f"{where}: holds no tensors, nothing to merge; download the adapter's weights again")
+    _check_complete(base, adapter)
     expected = {name: (rows, *s[1:]) if name in _VOCABULARY else s for name, s in base.shapes.items()}
     for name, key in adapter.full.items():
         if adapter.file.shapes[key] != expected[name]:
@@ -190,13 +111,29 @@ def _check_targets(base: Reader, adapter: Adapter, rows: int) -> None:
                 f"{where}: {name} is {adapter.file.shapes[key]}, expected {expected[name]}; "
                 f"is this the adapter for a model of this size?"
             )
-    for name, (a, b) in adapter.factors.items():
-        (r, into), (out, r_b) = adapter.file.shapes[a], adapter.file.shapes[b]
-        shape = (into, out) if adapter.transpose else (out, into)
+    for name, factors in adapter.factors.items():
+        (r, into), (out, r_b) = adapter.file.shapes[factors.a], adapter.file.shapes[factors.b]
+        shape = (into, out) if factors.transpose else (out, into)
         if r != r_b or shape != expected[name]:
             raise ValueError(
                 f"{where}: lora_B @ lora_A of {name} is ({out}, {r_b}) @ ({r}, {into}), the model has {expected[name]}; "
                 f"is this the adapter for a model of this size?"
+            )
+
+
+def _check_complete(base: Reader, adapter: Adapter) -> None:
+    """ValueError if the file lacks something that the config names: a download or a distributed run's save was cut short."""
+    for name in base.names:
+        module = name.removesuffix(".weight")
+        expected = None
+        if any(module == t or module.endswith(f".{t}") for t in adapter.targets) and name not in adapter.factors:
+            expected = "target_modules", "factors for"
+        if any(module == m or module.endswith(f".{m}") for m in adapter.whole):
+            expected = None if name in adapter.full else ("modules_to_save", "whole")
+        if expected:
+            raise ValueError(
+                f"{adapter.file.path}: holds no {expected[1]} {name}, which {expected[0]} in {CONFIG} names; "
+                f"download the adapter's weights again"
             )
 
 
@@ -250,48 +187,46 @@ def _tokenizer(base: Reader, adapters: Sequence[Adapter]) -> Path | None:
     return next((a.tokenizer for a in reversed(adapters) if a.tokenizer), base.tokenizer)
 
 
-def write_adapter(
-    out: str | Path,
-    tensors: Mapping[str, Tensor],
-    *,
-    r: int,
-    lora_alpha: float,
-    target_modules: Sequence[str],
-    base_model: str = "",
-    lora_dropout: float = 0.0,
-    weights: str = "safetensors",
-    tokenizer: Path | None = None,
-    fields: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a PEFT adapter folder.
+_PLUS = re.compile(r"Chinese-Alpaca-(Plus|Pro)-(\w+)")
 
-    tensors: {`model.layers.0.self_attn.q_proj.lora_A.weight`, ... or the canonical name of a full tensor: tensor}.
-    weights: `safetensors` or `bin`. fields: more for adapter_config.json.
+
+def _check_recipe(base: Reader, adapters: Sequence[Adapter]) -> None:
+    """ValueError for a published adapter on another base than it was trained on; nothing in its files says which that is.
+
+    Alpaca-Plus and -Pro were trained on LLaMA-Plus, all others on LLaMA itself.
     """
-    if weights not in ("safetensors", "bin"):
-        raise ValueError(f"weights {weights!r} are not one of safetensors, bin")
-    saved = {f"base_model.model.{name}": own(tensor) for name, tensor in tensors.items()}
-    full = sorted({name.split(".")[-2] for name in tensors if ".lora_" not in name})
-    config = {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "modules_to_save": full or None,
-        "peft_type": "LORA",
-        "r": r,
-        "target_modules": list(target_modules),
-        "task_type": "CAUSAL_LM",
-        **(fields or {}),
-    }
-    with atomic_folder(out) as folder:
-        if weights == "safetensors":
-            specs = {key: (tuple(t.shape), t.dtype) for key, t in saved.items()}
-            write_safetensors(folder / "adapter_model.safetensors", specs, saved.items())
-        else:
-            torch.save(saved, folder / "adapter_model.bin")
-        write_json(folder / CONFIG, config)
-        tokens.copy(tokenizer, folder)
+    rows, before = base.config.vocab_size, None
+    for adapter in adapters:
+        new = (adapter.full_shape("model.embed_tokens.weight") or (rows,))[0]
+        name = _published_as(adapter)
+        plus = _PLUS.fullmatch(name or "")
+        needed = f"Chinese-LLaMA-Plus-{plus[2]}" if plus else None
+        if name and (before != needed if before else needed and new > rows + 1):  # more is new than its [PAD]
+            found = f"{before} is merged before it" if before else f"the model before it has a vocabulary of {rows}"
+            raise ValueError(
+                f"{adapter.path}: is {name}, which belongs on {needed or 'LLaMA itself'}, but {found}; "
+                f"merge {needed + ' before it' if needed else 'it into the original LLaMA'}"
+            )
+        rows, before = new, name or before
+
+
+def _published_as(adapter: Adapter) -> str | None:
+    """The name under which an adapter file was published, known by its sha256; all of those hold embeddings."""
+    if adapter.file.path.suffix != ".bin" or "model.embed_tokens.weight" not in adapter.full:
+        return None
+    from pyalpaca.checkpoint.verify import published  # which imports the door in, which imports this module
+
+    known = {row.sha256: row.model for row in published() if row.kind == "lora"}
+    total = hashlib.sha256()
+    with adapter.file.path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return known.get(total.hexdigest())
+
+
+def _check_finite(adapter: Adapter) -> None:
+    """ValueError if an adapter holds NaN or infinity: its training diverged, and every model it is merged into is lost."""
+    for key in adapter.file.shapes:
+        low, high = torch.aminmax(adapter.file.read(key, None))  # a NaN anywhere is both; far faster than isfinite
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{adapter.file.path}: {key} holds NaN or infinity; the training diverged, use an earlier adapter")

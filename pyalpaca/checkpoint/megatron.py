@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape, parse_config
-from pyalpaca.checkpoint.pth import open_torch, read_json
+from pyalpaca.checkpoint.canonical import Reader, check_shapes, join, joined_shape, parse_config
+from pyalpaca.checkpoint.container.tensor_file import Piece, read_json
+from pyalpaca.checkpoint.container.torch_file import open_torch
 from pyalpaca.checkpoint.sizes import SIZES
 from pyalpaca.model import LlamaConfig, config_from_hf, parameters, whole_slice
 

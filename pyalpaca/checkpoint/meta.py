@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import Piece, Reader, check_shapes, join, joined_shape, own, parse_config, total_bytes
-from pyalpaca.checkpoint.mixing import refuse_mixing
-from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json
+from pyalpaca.checkpoint.canonical import Reader, check_shapes, join, joined_shape, parse_config
+from pyalpaca.checkpoint.container.tensor_file import Piece, Spec, TensorFile, read_json
+from pyalpaca.checkpoint.container.torch_file import open_tensors
+from pyalpaca.checkpoint.container.torch_layout import DEFAULT_CONTAINER, torch_layout
+from pyalpaca.checkpoint.plan import Checksums, Made, Plan, Step, execute
 from pyalpaca.checkpoint.sizes import size_of
-from pyalpaca.files import atomic_folder
-from pyalpaca.model import LlamaConfig, config_from_meta, cut, natural_key, parameters
+from pyalpaca.model import LlamaConfig, config_from_meta, cut, natural_key, parameters, whole_slice
 
 SHARDS = re.compile(r"consolidated\.(\d+)\.pth")
 _ENDS = {
@@ -176,11 +178,11 @@ def params_json(config: LlamaConfig) -> dict[str, Any]:
     return fields
 
 
-def write_meta(reader: Reader, out: str | Path, *, num_shards: int | None = None) -> None:
-    """Write Meta's layout, one shard in memory at a time.
+def plan_meta(reader: Reader, *, num_shards: int | None = None, container: str = DEFAULT_CONTAINER) -> Plan:
+    """Meta's layout: shards, params.json and tokenizer files.
 
-    num_shards: by default as many as Meta published that size in, 1 for other shapes. Raises ValueError, before anything is
-    written, for a model that this layout can't express or can't cut so.
+    num_shards: by default as many as Meta published that size in, 1 for other shapes. container: which torch.save's layout
+    the shards follow. Raises ValueError for a model that this layout can't express or can't cut so.
     """
     config = reader.config
     size = size_of(config)
@@ -198,22 +200,42 @@ def write_meta(reader: Reader, out: str | Path, *, num_shards: int | None = None
         if total % n:
             raise ValueError(f"{reader.path}: {total} {what} can't be cut into {n} shards; choose a number that divides them")
     table = {p.name: meta_name(p.name) for p in parameters(config)}
-    written = {f"consolidated.{i:02d}.pth" for i in range(n)}
-    refuse_mixing(out, {*written, "params.json"})
-    bar = tqdm(total=total_bytes(reader), unit="B", unit_scale=True, desc="writing", disable=None)
-    with atomic_folder(out) as folder, bar:
-        for i in range(n):
-            shard: dict[str, Tensor] = {}
-            for name, (meta, dim) in table.items():
-                piece = None if dim is None else (dim, *cut(reader.shapes[name][dim], i, n, uneven=True))
-                tensor = reader.read(name, piece)
-                shard[meta] = own(interleave(tensor, config.head_dim) if meta.endswith(("wq.weight", "wk.weight")) else tensor)
-                bar.update(shard[meta].numel() * shard[meta].element_size())
-            if config.tie_embeddings:
-                shard["output.weight"] = own(
-                    reader.read("model.embed_tokens.weight", (0, *cut(config.vocab_size, i, n, uneven=True)))
-                )
-            torch.save(shard, folder / f"consolidated.{i:02d}.pth")
+    if config.tie_embeddings:
+        table["lm_head.weight"] = meta_name("lm_head.weight")
+    source = {name: name if name in reader.shapes else "model.embed_tokens.weight" for name in table}  # of a tied head
+    files = [f"consolidated.{i:02d}.pth" for i in range(n)]
+
+    def piece(name: str, shard: int) -> Piece | None:
+        dim = table[name][1]
+        return None if dim is None else (dim, *cut(reader.shapes[source[name]][dim], shard, n, uneven=True))
+
+    def spec(name: str, shard: int) -> Spec:
+        shape, where = list(reader.shapes[source[name]]), piece(name, shard)
+        if where is not None:
+            shape[where[0]] = where[2] - where[1]
+        return tuple(shape), reader.dtypes[source[name]]
+
+    def make(names: Sequence[str], read: Mapping[str, Tensor]) -> Iterator[Made]:
+        for name in names:
+            whole = read[source[name]]
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                whole = interleave(whole, config.head_dim)
+            for i, file in enumerate(files):
+                yield file, table[name][0], whole_slice(whole, piece(name, i))
+
+    def finish(folder: Path, checksums: Checksums) -> None:
         with (folder / "params.json").open("w") as file:
             json.dump(params_json(config), file)
         tokens.copy(reader.tokenizer, folder)
+
+    layouts = [torch_layout(file, {table[name][0]: spec(name, i) for name in table}, container) for i, file in enumerate(files)]
+    steps = []
+    for name in reader.names:
+        made = [other for other in table if source[other] == name]
+        steps.append(Step((name,), partial(make, made)))
+    return Plan("meta", reader, layouts, steps, ("params.json", *tokens.present(reader.tokenizer)), finish)
+
+
+def write_meta(reader: Reader, out: str | Path, **how: Any) -> None:
+    """Write Meta's layout; `how` is `plan_meta`'s."""
+    execute(plan_meta(reader, **how), out)

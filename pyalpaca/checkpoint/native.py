@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import DTYPES, Piece, Reader, check_shapes, dtype_name, own, parse_config, raw_bytes
-from pyalpaca.checkpoint.mixing import refuse_mixing
-from pyalpaca.checkpoint.pth import TensorFile, open_tensors, read_json, write_safetensors
-from pyalpaca.files import atomic_file, atomic_folder, sync
-from pyalpaca.model import LlamaConfig, natural_key
+from pyalpaca.checkpoint.canonical import DTYPES, Reader, check_shapes, own, parse_config
+from pyalpaca.checkpoint.container.safetensors_file import safetensors_layout
+from pyalpaca.checkpoint.container.tensor_file import Piece, TensorFile, dtype_name, raw_bytes, read_json
+from pyalpaca.checkpoint.container.torch_file import open_tensors
+from pyalpaca.checkpoint.plan import Checksums, Plan, as_it_is, execute, write_file
+from pyalpaca.files import atomic_file
+from pyalpaca.model import LlamaConfig, natural_key, whole_slice
+from pyalpaca.ops import lora_merge
 
 MANIFEST = "manifest.json"
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -52,26 +55,15 @@ def write_native_shard(folder: Path, shard_id: str, tensors: Shard, kind: str) -
     """
     file, entries, data = f"{kind}-{shard_id}.safetensors", [], {}
     for name, (tensor, whole, piece) in tensors.items():
-        start, size = _box(whole, piece)
+        _, size = _box(whole, piece)
         if tuple(tensor.shape) != size:
             raise AssertionError(f"{name}: the piece is {tuple(tensor.shape)}, its place in {whole} is {size}")
         if tensor.numel() == 0:
             continue
         data[name] = own(tensor.cpu())
-        entries.append(
-            {
-                "kind": kind,
-                "name": name,
-                "dtype": dtype_name(tensor.dtype),
-                "shape": list(whole),
-                "start": list(start),
-                "size": list(size),
-                "file": file,
-                "crc32": zlib.crc32(raw_bytes(data[name])),
-            }
-        )
-    write_safetensors(folder / file, {n: (tuple(t.shape), t.dtype) for n, t in data.items()}, data.items())
-    sync(folder / file)
+        entries.append(_entry(kind, file, name, tensor.dtype, whole, piece, zlib.crc32(raw_bytes(data[name]))))
+    layout = safetensors_layout(file, {n: (tuple(t.shape), t.dtype) for n, t in data.items()})
+    write_file(layout, folder / file, data)
     return entries
 
 
@@ -190,10 +182,9 @@ def open_native(path: Path) -> Reader:
         if f"{stem}.lora_A.weight" not in factors:
             return weight
         a, b = (model.read(f"{stem}.lora_{x}.weight", None).float() for x in "AB")
-        delta = (b @ a) * config.lora_scale
-        return (weight.float() + (delta if piece is None else delta.narrow(piece[0], piece[1], piece[2] - piece[1]))).to(
-            weight.dtype
-        )
+        if piece is not None:
+            a, b = (whole_slice(a, piece), b) if piece[0] == 1 else (a, whole_slice(b, piece))
+        return lora_merge(weight, b, a, config.lora_scale)
 
     return Reader(
         layout="native",
@@ -206,20 +197,55 @@ def open_native(path: Path) -> Reader:
     )
 
 
-def write_native(reader: Reader, out: str | Path, meta: Mapping[str, Any] | None = None) -> None:
-    """Write a reader's model as a native checkpoint, one shard for each layer, so that one layer is in memory at a time."""
+def plan_native(reader: Reader, meta: Mapping[str, Any] | None = None) -> Plan:
+    """A native checkpoint, one shard for each layer and one for the rest; `meta` as in write_native_manifest."""
     groups: dict[str, list[str]] = {}
     for name in reader.names:
         group = f"layer{int(name.split('.')[2]):03d}" if name.startswith("model.layers.") else "ends"
-        groups.setdefault(group, []).append(name)
-    refuse_mixing(out, [MANIFEST])
-    with atomic_folder(out) as folder:
-        entries: list[Entry] = []
-        for group, names in groups.items():
-            shard: Shard = {name: (reader.read(name), reader.shapes[name], None) for name in names}
-            entries += write_native_shard(folder, group, shard, "model")
+        groups.setdefault(f"model-{group}.safetensors", []).append(name)
+    files = [
+        safetensors_layout(file, {name: (reader.shapes[name], reader.dtypes[name]) for name in names}, needs_checksums=True)
+        for file, names in groups.items()
+    ]
+
+    def finish(folder: Path, checksums: Checksums) -> None:
+        entries = [
+            _entry("model", file, name, reader.dtypes[name], reader.shapes[name], None, checksums[file][name])
+            for file, names in groups.items()
+            for name in names
+        ]
         write_native_manifest(folder, reader.config, entries, meta or {})
         tokens.copy(reader.tokenizer, folder)
+
+    steps = [as_it_is(file, name) for file, names in groups.items() for name in names]
+    return Plan("native", reader, files, steps, (MANIFEST, *tokens.present(reader.tokenizer)), finish)
+
+
+def write_native(reader: Reader, out: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+    """Write a reader's model as a native checkpoint."""
+    execute(plan_native(reader, meta), out)
+
+
+def _entry(
+    kind: str,
+    file: str,
+    name: str,
+    dtype: torch.dtype,
+    whole: tuple[int, ...],
+    piece: Piece | Sequence[Piece] | None,
+    crc32: int,
+) -> Entry:
+    start, size = _box(whole, piece)
+    return {
+        "kind": kind,
+        "name": name,
+        "dtype": dtype_name(dtype),
+        "shape": list(whole),
+        "start": list(start),
+        "size": list(size),
+        "file": file,
+        "crc32": crc32,
+    }
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from pyalpaca.checkpoint.canonical import Piece, dtype_name, raw_bytes
+from pyalpaca.checkpoint.container.tensor_file import Piece, TensorFile, dtype_name, raw_bytes
 from pyalpaca.model import whole_slice
 
 _SAFE_DTYPES = {
@@ -90,16 +89,6 @@ def _has_directory(path: Path) -> bool:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:  # a table that makes no sense
         return False
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """The tensors of one file of either kind: shapes and dtypes at once, data when `read(name, piece)` asks for it."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
-    read: Callable[[str, Piece | None], Tensor]
 
 
 def open_tensors(path: Path) -> TensorFile:

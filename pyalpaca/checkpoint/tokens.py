@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyalpaca.checkpoint.pth import check_head, read_json
+from pyalpaca.checkpoint.container.tensor_file import check_head, read_json
 
 FILES = (
     "tokenizer.model",
@@ -18,6 +19,17 @@ FILES = (
     "chat_template.jinja",
 )
 _SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_CONFIG: dict[str, Any] = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    **_SPECIALS,
+    "clean_up_tokenization_spaces": False,
+    "legacy": True,
+    "model_max_length": 1000000000000000019884624838656,
+    "pad_token": None,
+    "sp_model_kwargs": {},
+    "tokenizer_class": "LlamaTokenizer",
+}
 
 
 def find(*folders: Path) -> Path | None:
@@ -69,41 +81,30 @@ def count(folder: Path) -> int:
     return max(known.values(), default=-1) + 1 + len(specials - set(known))
 
 
-def copy(source: Path | None, out: Path) -> list[str]:
+def present(source: Path | None) -> list[str]:
+    """The names of the files that `copy` would write from this folder."""
+    if source is None:
+        return []
+    needed = ("tokenizer_config.json", "special_tokens_map.json") if (source / "tokenizer.model").is_file() else ()
+    return [name for name in FILES if name in needed or (source / name).is_file()]
+
+
+def copy(source: Path | None, out: Path) -> None:
     """Copy the tokenizer files there are into `out`, and write those that transformers needs beside a lone tokenizer.model.
 
     Old folders call the class LLaMATokenizer, which no release of transformers knows: it becomes LlamaTokenizer.
     """
     if source is None or source.resolve() == out.resolve():
-        return []
-    copied = [name for name in FILES if (source / name).is_file()]
-    for name in copied:
-        if name == "tokenizer_config.json":
-            fields = read_json(source / name)
-            if fields.get("tokenizer_class") == "LLaMATokenizer":
-                write_json(out / name, {**fields, "tokenizer_class": "LlamaTokenizer"})
-                continue
-        shutil.copyfile(source / name, out / name)
-    if "tokenizer.model" in copied and "tokenizer_config.json" not in copied:
-        fields = {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            **_SPECIALS,
-            "clean_up_tokenization_spaces": False,
-            "legacy": True,
-            "model_max_length": 1000000000000000019884624838656,
-            "pad_token": None,
-            "sp_model_kwargs": {},
-            "tokenizer_class": "LlamaTokenizer",
-        }
-        write_json(out / "tokenizer_config.json", fields)
-        copied.append("tokenizer_config.json")
-    if "tokenizer.model" in copied and "special_tokens_map.json" not in copied:
-        write_json(out / "special_tokens_map.json", dict(_SPECIALS))
-        copied.append("special_tokens_map.json")
-    return copied
+        return
+    for name in present(source):
+        if not (source / name).is_file():
+            write_json(out / name, _CONFIG if name == "tokenizer_config.json" else _SPECIALS)
+        elif name == "tokenizer_config.json" and read_json(source / name).get("tokenizer_class") == "LLaMATokenizer":
+            write_json(out / name, {**read_json(source / name), "tokenizer_class": "LlamaTokenizer"})
+        else:
+            shutil.copyfile(source / name, out / name)
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     """A JSON file as transformers writes it: two spaces, a newline at the end."""
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pyalpaca.checkpoint.container.tensor_file import check_head
 from pyalpaca.checkpoint.digest import digest
 from pyalpaca.checkpoint.open import open_checkpoint
-from pyalpaca.checkpoint.pth import check_head
 
 _LOOKED_AT = re.compile(r".+\.(pth|bin|safetensors)|tokenizer\.model")
 _CHUNK = 1 << 20

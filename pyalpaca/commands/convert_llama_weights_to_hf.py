@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyalpaca.commands.writing import add_writing, carry_out
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; raises ValueError or OSError for bad input."""
@@ -26,15 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write safetensors (the default) or pytorch_model.bin files",
     )
     parser.add_argument("--max_shard_size", default="5GB", help="size at which a new weight file is begun (default: 5GB)")
+    add_writing(parser)
     args = parser.parse_args(argv)
 
-    from pyalpaca.checkpoint import open_meta, write_hf
+    from pyalpaca.checkpoint import Output, open_meta, plan_conversion
 
-    reader = open_meta(_source(Path(args.input_dir), args.model_size))
     weights = "safetensors" if args.safe_serialization else "bin"
-    write_hf(reader, Path(args.output_dir), weights=weights, max_shard_size=args.max_shard_size)
-    print(f"converted {reader.path}: {args.output_dir} ({weights}, vocabulary {reader.config.vocab_size})")
-    return 0
+    output = Output("hf", weights=weights, max_shard_size=args.max_shard_size, container=args.container)
+    planned = plan_conversion(open_meta(_source(Path(args.input_dir), args.model_size)), output)
+    return carry_out(planned, args.output_dir, args.dry_run, f"converted {planned.reader.path} to {weights}")
 
 
 def _source(root: Path, size: str | None) -> Path:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pyalpaca.commands.writing import add_writing, carry_out
+
 if TYPE_CHECKING:
     from pyalpaca.model import LlamaConfig
 
@@ -40,26 +42,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dialect", choices=("A", "B"), default="A", help="spelling of the names: A AscendSpeed, B Megatron (default: A)"
     )
+    parser.add_argument(
+        "--vocab-padding", choices=("copy", "zero"), default="copy", help="rows of padding: copies of the last (default) or zeros"
+    )
+    add_writing(parser)
     args = parser.parse_args(argv)
 
-    from pyalpaca.checkpoint import open_checkpoint, write_megatron
+    from pyalpaca.checkpoint import Output, open_checkpoint, plan_conversion
 
     reader = open_checkpoint(args.input_model_dir)
     asked = {key: getattr(args, key) for key in ("num_layers", "hidden_size", "num_heads", "num_kv_heads")}
     _check_type(args.input_model_dir, reader.config, args.type, asked)
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    write_megatron(
-        reader,
-        args.output_model_dir,
-        tp=tp,
-        pp=pp,
+    output = Output(
+        "deepspeed" if args.deepspeed else "megatron",
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
         dialect=args.dialect,
-        deepspeed=args.deepspeed,
         merge_mlp=args.merge_mlp,
         divisible_by=args.make_vocab_size_divisible_by,
+        padding=args.vocab_padding,
+        container=args.container,
     )
-    print(f"converted {args.input_model_dir}: {args.output_model_dir} (tp {tp}, pp {pp}, dialect {args.dialect})")
-    return 0
+    done = f"converted {args.input_model_dir} for tp {output.tp} pp {output.pp}, dialect {args.dialect}"
+    return carry_out(plan_conversion(reader, output), args.output_model_dir, args.dry_run, done)
 
 
 def _check_type(source: str, config: LlamaConfig, name: str | None, asked: dict[str, int | None]) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from pyalpaca.commands.merge import adapter_list
+from pyalpaca.commands.writing import adapter_list
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pyalpaca.commands.merge import adapter_list
+from pyalpaca.commands.writing import adapter_list
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-
-def adapter_list(text: str) -> list[str]:
-    """The adapter folders of `A,B` or `A, B`, in order."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+from pyalpaca.commands.writing import adapter_list, add_writing, carry_out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,10 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--to", choices=("hf", "meta"), default="hf", help="output layout (default: hf)")
     parser.add_argument("--num-shards", type=int, help="shards of the meta layout (default: as Meta published that size, else 1)")
+    add_writing(parser)
     args = parser.parse_args(argv)
 
-    from pyalpaca.checkpoint import merge
+    from pyalpaca.checkpoint import Output, plan_merge
 
-    reader = merge(args.base, args.lora, args.out, args.to, num_shards=args.num_shards)
-    print(f"merged {', '.join(args.lora)} into {args.base}: {args.out} ({args.to}, vocabulary {reader.config.vocab_size})")
-    return 0
+    output = Output(args.to, num_shards=args.num_shards, container=args.container)
+    planned = plan_merge(args.base, args.lora, output)
+    return carry_out(planned, args.out, args.dry_run, f"merged {', '.join(args.lora)} into {args.base}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pyalpaca.commands.merge import adapter_list
+from pyalpaca.commands.writing import adapter_list, add_writing, carry_out
+
+_LAYOUTS = {"pth": "meta", "huggingface": "hf"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,22 +27,21 @@ def merge_command(argv: Sequence[str] | None, script: str, output_dir: str) -> i
     parser.add_argument(
         "--lora_model", type=adapter_list, required=True, metavar="A[,B]", help="adapter folders, merged in this order"
     )
-    parser.add_argument("--output_type", choices=("pth", "huggingface"), default="pth", help="output format (default: pth)")
+    parser.add_argument("--output_type", choices=tuple(_LAYOUTS), default="pth", help="output format (default: pth)")
     parser.add_argument("--output_dir", default=output_dir, help=f"output folder (default: {output_dir})")
     parser.add_argument("--offload_dir", help="accepted for compatibility; nothing needs to be offloaded")
     parser.add_argument("--verbose", action="store_true", help="say for each tensor which adapter replaces it or adds to it")
     parser.add_argument("--num_shards", type=int, help="shards of the pth format (default: 7B 1, 13B 2, 33B 4, 65B 8, others 1)")
+    add_writing(parser)
     args = parser.parse_args(argv)
 
-    from pyalpaca.checkpoint import describe_merge, merge
+    from pyalpaca.checkpoint import Output, describe_merge, plan_merge
 
-    layout = "meta" if args.output_type == "pth" else "hf"
-    reader = merge(args.base_model, args.lora_model, args.output_dir, layout, num_shards=args.num_shards)
+    output = Output(_LAYOUTS[args.output_type], num_shards=args.num_shards, container=args.container)
+    planned = plan_merge(args.base_model, args.lora_model, output)
     if args.verbose:
-        print("\n".join(describe_merge(reader.names, args.lora_model)))
-    adapters = ", ".join(args.lora_model)
-    print(
-        f"merged {adapters} into {args.base_model}: {args.output_dir} ({args.output_type}, vocabulary {reader.config.vocab_size})"
-    )
+        print("\n".join(describe_merge(planned.reader.names, args.lora_model)))
+    done = f"merged {', '.join(args.lora_model)} into {args.base_model}"
+    status = carry_out(planned, args.output_dir, args.dry_run, done)
     print("Done.")
-    return 0
+    return status

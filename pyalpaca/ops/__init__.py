@@ -1,8 +1,9 @@
 """The operators of the model, each differentiable and served by one of several backends (C++, NPU, plain torch).
 
-rms_norm(x, weight, eps), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), lora_merge(weight, b, a, scale): fp32, bf16 and fp16 on CPU run
-in C++, every other dtype and device in plain torch. PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")`
-choose by name; `backend_report()` says which backend serves which operator, and why.
+rms_norm(x, weight, eps), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), and lora_merge(weight, b, a,
+scale), which has no gradient: fp32, bf16 and fp16 on CPU run in C++, every other dtype and device in plain torch.
+PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")` choose by name; `backend_report()` says which backend
+serves which operator, and why.
 """
 
 from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report

@@ -71,10 +71,12 @@ def test_merging_on_the_way_equals_merging_first(road, tmp_path, capsys):
 
 
 def test_a_copy_into_a_folder_of_another_layout_is_refused(tmp_path):
-    source = make_hf(tmp_path / "m")
+    source, other = make_hf(tmp_path / "m"), make_hf(tmp_path / "other")
     before = snapshot(tmp_path)
     for layout in ("meta", "megatron", "deepspeed", "native"):
         with pytest.raises(ValueError, match=r"model\.safetensors: belongs to another model"):
+            convert.main([str(source), str(other), "--to", layout])
+        with pytest.raises(ValueError, match="is what is being read"):
             convert.main([str(source), str(source), "--to", layout])
     assert snapshot(tmp_path) == before
 

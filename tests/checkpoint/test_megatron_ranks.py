@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,29 +12,28 @@ import torch
 from checkpoint_makers import CONFIG, make_hf, make_tokenizer, model, snapshot, tensors
 
 from pyalpaca.checkpoint import SIZES, convert, digest, memory_reader, open_checkpoint, padded_vocab, write_megatron
-from pyalpaca.checkpoint.megatron_writer import rank_tensors
+from pyalpaca.checkpoint.megatron_writer import plan_megatron
 from pyalpaca.commands import convert_weights_from_huggingface
-from pyalpaca.model import LlamaConfig, parameters, stage_parameters
+from pyalpaca.model import LlamaConfig, parameters
 
 
 def state(folder: Path, name: str = "release/mp_rank_00/model_optim_rng.pt") -> dict:
     return torch.load(folder / name, weights_only=True)
 
 
-def published(name: str, tp: int, pp: int, stage: int) -> dict[str, torch.Tensor]:
-    """One rank's tensors of a published size at 49954, without memory."""
+def published(name: str, tp: int, pp: int, stage: int) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of one rank's file of a published size at 49954."""
     size = SIZES[name]
     config = LlamaConfig(49954, size.hidden_size, size.intermediate_size, size.num_layers, size.num_heads, size.num_heads, 128)
     reader = memory_reader(config, {p.name: torch.empty(p.shape, device="meta") for p in parameters(config)})
-    names = [p.name for p in stage_parameters(parameters(config), config.num_layers, stage, pp)]
-    held = rank_tensors(reader, names, 0, tp, "A", False, 128)
-    return {key: tensor for key, tensor in held.items() if not key.endswith("inv_freq")}
+    specs = plan_megatron(reader, tp=tp, pp=pp).files[stage * tp].specs
+    return {key.removeprefix("model/"): shape for key, (shape, _) in specs.items() if not key.endswith("inv_freq")}
 
 
 def test_13b_at_tp4_pp2_has_the_published_shapes():
     stages = [published("13B", 4, 2, stage) for stage in (0, 1)]
-    assert [sum(t.numel() for t in s.values()) for s in stages] == [1_650_401_280, 1_650_406_400]
-    shapes = {key.removeprefix("language_model.layers.19."): tuple(t.shape) for key, t in (stages[0] | stages[1]).items()}
+    assert [sum(map(math.prod, s.values())) for s in stages] == [1_650_401_280, 1_650_406_400]
+    shapes = {key.removeprefix("language_model.layers.19."): shape for key, shape in (stages[0] | stages[1]).items()}
     assert shapes["attention.query_key_value.weight"] == (3840, 5120)
     assert shapes["attention.dense.weight"] == (5120, 1280)
     assert shapes["mlp.gate_proj.weight"] == shapes["mlp.up_proj.weight"] == (3456, 5120)
@@ -43,7 +43,7 @@ def test_13b_at_tp4_pp2_has_the_published_shapes():
 
 
 def test_33b_at_tp4_has_the_published_shapes():
-    shapes = {key: tuple(t.shape) for key, t in published("33B", 4, 1, 0).items()}
+    shapes = published("33B", 4, 1, 0)
     layer = "language_model.layers.59."
     assert shapes[f"{layer}attention.query_key_value.weight"] == (4992, 6656)
     assert shapes[f"{layer}attention.dense.weight"] == (6656, 1664)
