@@ -136,9 +136,9 @@ class _Tensor:
     storage: _Storage
 
     def __reduce__(self) -> tuple[Any, ...]:
-        shape = self.storage.spec[0]
-        stride = torch.empty(shape, device="meta").stride()
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, tuple(shape), stride, False, OrderedDict())
+        tensor = torch.empty(self.storage.spec[0], device="meta")
+        # Each a new tuple: the pickler would write a shape that two tensors share only once.
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, tuple(tensor.size()), tensor.stride(), False, OrderedDict())
 
 
 class _Pickler(pickle.Pickler):
