@@ -23,6 +23,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -110,7 +111,11 @@ def torch_layout(name: str, tree: Mapping[str, Any], container: str = DEFAULT_CO
 
 
 def _root(name: str, form: _Form) -> str:
-    """The archive's folder: the file's name up to its last dot."""
+    """The archive's folder: the file's name up to its last dot.
+
+    `archive` instead if it is not ASCII, from torch 2.1 on. Torch looks at the whole path for that; here a file's bytes do not
+    depend on the folder it is in.
+    """
     base = name.replace("\\", "/").rpartition("/")[2]
     root = base.rpartition(".")[0] if "." in base else base
     if not root:
@@ -260,7 +265,7 @@ def _seal(records: Sequence[_Record], crcs: Mapping[str, int]) -> list[Patch]:
             gap += content
         gap += record.descriptor(crc)
         directory += record.entry(crc)
-        if record.size:
+        if record.size:  # torch also counts a tensor that begins with b"PK\7\x08", taking it for a descriptor; this does not
             data_hash = _combined(data_hash, crc)
     at, size, count = start + len(gap), len(directory), len(records)
     gap += directory
@@ -284,21 +289,16 @@ def _names_hash(names: Sequence[str]) -> int:
     That is a list of buckets, the newest first, each a list of hashes, the newest first. When it is full, the next larger number
     of buckets is taken and all hashes put in anew, in the order they had.
     """
-    held: list[int] = []
     sizes = iter(_BUCKETS)
     size = next(sizes)
     buckets: dict[int, list[int]] = {}
     for count, name in enumerate(names):
+        again: list[int] = []
         if count == size:
-            size, held, buckets = next(sizes), _in_order(buckets), {}
-            for value in held:
-                buckets.setdefault(value % size, []).append(value)
-        value = _murmur(name.encode())
-        buckets.setdefault(value % size, []).append(value)
-    result = 0
-    for value in _in_order(buckets):
-        result = _combined(result, value)
-    return result
+            size, again, buckets = next(sizes), _in_order(buckets), {}
+        for value in (*again, _murmur(name.encode())):
+            buckets.setdefault(value % size, []).append(value)
+    return reduce(_combined, _in_order(buckets), 0)
 
 
 def _in_order(buckets: Mapping[int, list[int]]) -> list[int]:
