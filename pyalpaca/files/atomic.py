@@ -88,22 +88,39 @@ def _writing(path: str | Path, partial: Path, folder: bool) -> Iterator[list[int
         held.append(_claim(path, partial, folder))
         yield held
     except OSError as error:
-        if error.filename is None and error.errno in FULL:
-            error.filename = str(path)
-        for which in ("filename", "filename2"):
-            name = getattr(error, which)
-            if isinstance(name, str | bytes) and (inside := Path(os.fsdecode(name))).is_relative_to(partial):
-                setattr(error, which, str(Path(path) / inside.relative_to(partial)))
+        if (name := _known_name(error, path, partial)) is not None:
+            raise OSError(error.errno, error.strerror, name) from error
         raise
     finally:
-        with suppress(OSError):
+        _clean(path, partial, held, made)
+
+
+def _known_name(error: OSError, path: str | Path, partial: Path) -> str | None:
+    """What a user calls the temporary file that an error names, or the unnamed one for which no space was left."""
+    if error.filename is None:
+        return str(path) if error.errno in FULL else None
+    for name in (error.filename, error.filename2):
+        if isinstance(name, str | bytes) and (file := Path(os.fsdecode(name))).is_relative_to(partial):
+            return str(Path(path) / file.relative_to(partial))
+    return None
+
+
+def _clean(path: str | Path, partial: Path, held: list[int], made: list[Path]) -> None:
+    """Remove what is under the temporary name if it is ours, and the parents that were made for nothing; Ctrl-C has to wait."""
+    try:
+        with suppress(OSError, ValueError):
+            if not held and (descriptor := _seize(path, partial)) is not None:
+                held.append(descriptor)  # interrupted just after it was made
             if any(names(partial, descriptor) for descriptor in held):
                 _remove(partial)
-        for descriptor in held:
-            os.close(descriptor)
         for parent in reversed(made):
             with suppress(OSError):  # it holds what was written
                 parent.rmdir()
+    except KeyboardInterrupt:
+        _clean(path, partial, held, made)
+        raise
+    while held:
+        os.close(held.pop())
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
@@ -111,9 +128,9 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
     if folder.is_dir():
         return
     _make_folders(folder.parent, made)
+    made.append(folder)
     with suppress(FileExistsError):
         folder.mkdir()
-        made.append(folder)
     sync(folder.parent)
 
 
@@ -128,22 +145,32 @@ def _claim(path: str | Path, partial: Path, folder: bool) -> int:
             made = True
         except FileExistsError:
             made = False
-        try:  # NFS locks a file only for who may write it
-            descriptor = os.open(partial, os.O_NOFOLLOW | (os.O_RDONLY if partial.is_dir() else os.O_RDWR))
-        except FileNotFoundError:
-            continue  # who had it has just ended
-        try:
-            if not lock(descriptor):
-                raise ValueError(f"{path}: another process is writing it; wait until it has ended or choose another output")
-            still = names(partial, descriptor)
-            if still and not made:
-                _remove(partial)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if still and made:
+        descriptor = _seize(path, partial)
+        if descriptor is not None and made:
             return descriptor
+        if descriptor is not None:
+            try:
+                _remove(partial)
+            finally:
+                os.close(descriptor)
+
+
+def _seize(path: str | Path, partial: Path) -> int | None:
+    """Open and lock what is there; None if it has just gone. ValueError if another process has it."""
+    try:  # NFS locks a file only for who may write it
+        descriptor = os.open(partial, os.O_NOFOLLOW | (os.O_RDONLY if partial.is_dir() else os.O_RDWR))
+    except FileNotFoundError:
+        return None
+    try:
+        if not lock(descriptor):
+            raise ValueError(f"{path}: another process is writing it; wait until it has ended or choose another output")
+        if names(partial, descriptor):
+            return descriptor
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _check_held(path: str | Path, partial: Path, held: list[int]) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -106,8 +107,8 @@ def rename_one_by_one(new: Path, final: Path, files: list[Path], folders: list[P
     renamed: list[tuple[Path, Path]] = []
 
     def rename(source: Path, target: Path) -> None:
-        os.rename(source, target)
         renamed.append((source, target))
+        os.rename(source, target)
 
     def put_away(name: Path) -> None:
         if os.path.lexists(final / name):
@@ -123,8 +124,8 @@ def rename_one_by_one(new: Path, final: Path, files: list[Path], folders: list[P
     try:
         for name in folders:
             if not (final / name).is_dir():
-                (final / name).mkdir()
                 made.append(final / name)
+                (final / name).mkdir()
         for name in files:
             if (final / name).is_dir() and not (final / name).is_symlink():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(final / name))
@@ -135,7 +136,9 @@ def rename_one_by_one(new: Path, final: Path, files: list[Path], folders: list[P
                 sync(final / folder)
     except BaseException:
         for source, target in reversed(renamed):
-            os.rename(target, source)
+            with suppress(FileNotFoundError):  # the last one may not have been done
+                os.rename(target, source)
         for folder in reversed(made):
-            folder.rmdir()
+            with suppress(FileNotFoundError):
+                folder.rmdir()
         raise
