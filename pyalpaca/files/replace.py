@@ -62,15 +62,16 @@ def _keep(old: Path, new: Path) -> None:
     if not os.access(old, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(old))
     changed = any(new.iterdir())
-    for entry in os.scandir(old):
-        target = new / entry.name
-        if entry.is_dir(follow_symlinks=False):
-            target.mkdir(exist_ok=True)
-            _keep(Path(entry.path), target)
-        elif not os.path.lexists(target):
-            _link(entry.path, target)
-        elif target.is_dir():  # the old one may be a link to a folder, which has to be followed
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), entry.path)
+    with os.scandir(old) as entries:
+        for entry in entries:
+            target = new / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                target.mkdir(exist_ok=True)
+                _keep(Path(entry.path), target)
+            elif not os.path.lexists(target):
+                _link(entry.path, target)
+            elif target.is_dir():  # the old one may be a link to a folder, which has to be followed
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), entry.path)
     status = old.stat()
     os.chown(new, status.st_uid, status.st_gid)
     shutil.copystat(old, new)
