@@ -94,9 +94,16 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
             f"{bin_}: has {bin_size:,} bytes, expected {total:,} as {idx.name} says; the file is cut off or of another data set, "
             "prepare the data again"
         )
+    # Offsets are compared on their own: one near the largest number would make an end that is negative.
     ends = offsets + lengths.astype(np.int64) * dtype.itemsize
-    if sequences and (lengths.min() < 0 or offsets.min() < 0 or ends.max() > total or (offsets % dtype.itemsize).any()):
+    outside = sequences and (lengths.min() < 0 or offsets.min() < 0 or offsets.max() > total or ends.max() > total)
+    if outside or (offsets % dtype.itemsize).any():
         raise ValueError(f"{idx}: has sequences that lie outside {bin_.name}; the file is damaged, prepare the data again")
+    if starts and (documents.min() < 0 or documents.max() > sequences or (np.diff(documents) < 0).any()):
+        raise ValueError(
+            f"{idx}: has documents that begin at no sequence from 0 to {sequences:,}, or not in order; the file is damaged, "
+            "prepare the data again"
+        )
     tokens: npt.NDArray[Any] = np.memmap(bin_, dtype=dtype, mode="r") if total else np.empty(0, dtype)
     return IndexedDataset(Path(prefix), dtype, lengths, offsets, documents, tokens)
 

@@ -89,7 +89,10 @@ def damage(raw: bytes, how: str) -> bytes:
         "dtype": raw[:17] + b"\x0b" + raw[18:],
         "header": raw[:20],
         "index": raw[:-3],
-        "offsets": raw[:34] + raw[34:42] + struct.pack("<2q", 0, 4000) + raw[58:],
+        "offsets": raw[:42] + struct.pack("<2q", 0, 4000) + raw[58:],
+        "overflow": raw[:42] + struct.pack("<2q", 2**63 - 4, 8) + raw[58:],
+        "document": raw[:58] + struct.pack("<3q", 0, 1, 3),
+        "order": raw[:58] + struct.pack("<3q", 0, 2, 1),
     }[how]
 
 
@@ -102,6 +105,9 @@ def damage(raw: bytes, how: str) -> bytes:
         ("header", "has 20 bytes, expected at least 34"),
         ("index", "has 79 bytes, expected 82 for 2 sequences and 3 document starts"),
         ("offsets", "sequences that lie outside x.bin"),
+        ("overflow", "sequences that lie outside x.bin"),
+        ("document", "documents that begin at no sequence from 0 to 2"),
+        ("order", "documents that begin at no sequence from 0 to 2, or not in order"),
     ],
 )
 def test_a_damaged_index_says_what_is_wrong(how: str, message: str, tmp_path: Path) -> None:
