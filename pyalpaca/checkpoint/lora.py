@@ -38,6 +38,9 @@ def merged(base: Reader, paths: Sequence[Path]) -> Reader:
     known to go on another base.
     """
     adapters = [open_adapter(path) for path in paths]
+    for i, path in enumerate(paths):
+        if any(path.resolve() == other.resolve() for other in paths[:i]):
+            raise ValueError(f"{path}: is given twice, an adapter is merged once; name each adapter once, in order")
     _check_vocabularies(base, adapters)
     vocab_size = base.config.vocab_size
     for adapter in adapters:
@@ -170,7 +173,13 @@ def _check_vocabularies(base: Reader, adapters: Sequence[Adapter]) -> None:
             )
         rows, before = new, adapter.path
     last = _tokenizer(base, adapters)
-    if rows != base.config.vocab_size and last is not None and not _fits(size := tokens.count(last), rows):
+    if rows == base.config.vocab_size:
+        return
+    if last is None:
+        raise ValueError(
+            f"{before}: brings a vocabulary of {rows}, but no tokenizer for it; put the adapter's tokenizer files beside it"
+        )
+    if not _fits(size := tokens.count(last), rows):
         raise ValueError(
             f"{last}: the tokenizer knows {size} tokens, but the merged model has {rows}; "
             f"put the last adapter's tokenizer files beside it"
@@ -193,7 +202,7 @@ _PLUS = re.compile(r"Chinese-Alpaca-(Plus|Pro)-(\w+)")
 def _check_recipe(base: Reader, adapters: Sequence[Adapter]) -> None:
     """ValueError for a published adapter on another base than it was trained on; nothing in its files says which that is.
 
-    Alpaca-Plus and -Pro were trained on LLaMA-Plus, all others on LLaMA itself.
+    Alpaca-Plus and -Pro were trained on LLaMA-Plus and add a [PAD] to its vocabulary; all others bring LLaMA its Chinese.
     """
     rows, before = base.config.vocab_size, None
     for adapter in adapters:
@@ -201,7 +210,8 @@ def _check_recipe(base: Reader, adapters: Sequence[Adapter]) -> None:
         name = _published_as(adapter)
         plus = _PLUS.fullmatch(name or "")
         needed = f"Chinese-LLaMA-Plus-{plus[2]}" if plus else None
-        if name and (before != needed if before else needed and new > rows + 1):  # more is new than its [PAD]
+        fits = before == needed if before else new == rows + 1 if needed else new > rows + 1
+        if name and not fits:
             found = f"{before} is merged before it" if before else f"the model before it has a vocabulary of {rows}"
             raise ValueError(
                 f"{adapter.path}: is {name}, which belongs on {needed or 'LLaMA itself'}, but {found}; "

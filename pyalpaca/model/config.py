@@ -89,6 +89,10 @@ def config_from_hf(fields: Mapping[str, Any]) -> LlamaConfig:
     for key, neutral in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if fields.get(key, neutral) != neutral:
             raise ValueError(f"config.json: {key} is {fields[key]!r}; LLaMA models have {neutral!r}, others are not supported")
+    if fields.get("model_type", "llama") not in ("llama", "mistral"):  # others scale, skip or turn more with the same tensors
+        raise ValueError(f"config.json: model_type is {fields['model_type']!r}; expected llama, others are not supported")
+    if fields.get("quantization_config"):
+        raise ValueError("config.json: quantization_config says that the weights are quantized; convert them to fp16 first")
     theta, scaling = _rope_from_hf(fields)
     heads = fields["num_attention_heads"]
     return LlamaConfig(

@@ -225,7 +225,8 @@ def test_peft_computes_with_an_extracted_adapter_what_the_trained_model_computes
         whole["model.norm.weight"].mul_(1.5)
         whole["model.layers.1.input_layernorm.weight"].mul_(0.5)
 
-    write_hf(changed(also, torch.float32, replace(CONFIG, vocab_size=PLUS_VOCAB)), tmp_path / "trained")
+    after = changed(also, torch.float32, replace(CONFIG, vocab_size=PLUS_VOCAB))
+    write_hf(replace(after, tokenizer=tmp_path / "t"), tmp_path / "trained")
     _, said = run_extract(capsys, tmp_path / "trained", tmp_path / "again", "--base", base, "--rank", "64")
     saved = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["modules_to_save"]
     assert saved == ["embed_tokens", "input_layernorm", "lm_head", "model.norm"]

@@ -10,8 +10,8 @@ import torch
 from checkpoint_makers import ALPACA_VOCAB, BASE_VOCAB, CONFIG, PLUS_VOCAB, make_adapter, make_hf, model, snapshot, tensors
 from safetensors.torch import load_file, save_file
 
-from pyalpaca.checkpoint import digest, merge, open_checkpoint, write_native
-from pyalpaca.checkpoint.lora import canonical_key
+from pyalpaca.checkpoint import describe_merge, digest, merge, open_checkpoint, write_native
+from pyalpaca.checkpoint.adapter import canonical_key
 from pyalpaca.commands import merge_llama_with_chinese_lora, merge_llama_with_chinese_lora_low_mem
 
 
@@ -76,25 +76,65 @@ def test_transposed_adapters_are_transposed(tmp_path):
     assert torch.equal(open_checkpoint(base, lora=[adapter]).read(f"{name}.weight"), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers by an old name
-def test_peft_merges_to_the_same_weights(tmp_path):
-    from peft import LoraConfig, PeftModel, get_peft_model
+def adapter_of_peft(base, folder, **settings):
+    """An adapter that PEFT made with these settings of LoraConfig, its tensors random, saved by PEFT."""
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = make_hf(tmp_path / "base", model(dtype=torch.float32))
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "gate_proj"], modules_to_save=["embed_tokens", "lm_head"])
-    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = get_peft_model(network, LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **settings}))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.copy_(torch.randn(parameter.shape) * 0.2)
-    tuned.save_pretrained(tmp_path / "adapter")
-    view = open_checkpoint(base, lora=[tmp_path / "adapter"])
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter")
-    merged = again.merge_and_unload().state_dict()
+    tuned.save_pretrained(folder)
+    return folder
+
+
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, "layers.0.mlp.down_proj": 5, "^model.layers.1.*up_proj": 3},
+    "alpha_pattern": {r"layers\.[12]\..*q_proj": 1, "v_proj": 9, "q_proj": 2},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers by an old name
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "gate_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"], **PATTERNS},
+        {"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"], "use_rslora": True, **PATTERNS},
+        {"target_modules": ["o_proj"], "use_rslora": True},
+        {"target_modules": ["embed_tokens", "k_proj"]},
+        {"target_modules": ["lm_head", "k_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*(q|k)_proj"},
+        {"target_modules": ["v_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["v_proj"], "layers_to_transform": 0},
+        {"target_modules": ["v_proj", "k_proj"], "exclude_modules": "model.layers.0.*"},
+        {"target_modules": ["v_proj"], "bias": "lora_only"},  # of which a LLaMA has none
+        {"target_modules": ["v_proj"], "init_lora_weights": "gaussian", "modules_to_save": ["post_attention_layernorm"]},
+    ],
+    ids=lambda settings: " ".join(f"{key}={value}" for key, value in settings.items())[:70],
+)
+def test_peft_merges_to_the_same_weights(tmp_path, settings):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = make_hf(tmp_path / "base", model(dtype=torch.float32))
+    adapter = adapter_of_peft(base, tmp_path / "adapter", **settings)
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    merged = PeftModel.from_pretrained(network, adapter).merge_and_unload().state_dict()
+    view = open_checkpoint(base, lora=[adapter])
+    changed = [name for name in view.names if not torch.equal(merged[name], before[name])]
+    assert changed and describe_merge(view.names, [adapter])[0].startswith(changed[0])
     for name in view.names:
         torch.testing.assert_close(view.read(name).float(), merged[name], rtol=1e-3, atol=1e-3)
+        if view.read(name).dim() == 2:
+            assert torch.equal(view.read(name, (1, 8, 24)), view.read(name)[:, 8:24])
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers by an old name

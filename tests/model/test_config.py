@@ -205,9 +205,11 @@ def test_the_angles_are_those_of_transformers(rope: dict) -> None:
         ({"rope_scaling": {**SCALED, "high_freq_factor": 1.0}}, "high_freq_factor 1.0 .* is not above low_freq_factor 1.0"),
         ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between kinds of layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"model_type": "smollm3"}, "model_type is 'smollm3'; expected llama"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config says that the weights are quantized"),
         ({"num_attention_heads": 24}, "hidden_size 4096 can't be divided by 24 heads, and no head_dim is given"),
     ],
 )
-def test_positions_and_heads_that_are_not_llamas_are_refused(change: dict, message: str) -> None:
+def test_a_config_json_of_what_is_no_llama_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_from_hf({**LLAMA_31, **change})
