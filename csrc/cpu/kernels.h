@@ -47,16 +47,22 @@ struct Rope {
   bool inverse;
 };
 
-// out = weight + scale * (b a)
+struct LoraFactors {
+  const float* b;  // (rows, rank)
+  const float* a;  // (rank, columns)
+  int64_t rank;
+  float scale;
+};
+
+// out = weight + scale * (b a) for one pair of factors after the other, rounded after each.
 struct LoraMerge {
   Dtype dtype;  // of weight and out
   const void* weight;
   int64_t weight_stride;  // between rows
-  const float* b;         // (rows, rank)
-  const float* a;         // (rank, columns)
-  void* out;              // (rows, columns)
-  int64_t rows, columns, rank;
-  float scale;
+  const LoraFactors* factors;
+  int64_t count;  // of factors, at least 1
+  void* out;      // (rows, columns)
+  int64_t rows, columns;
 };
 
 struct Strided {

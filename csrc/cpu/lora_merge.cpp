@@ -1,4 +1,5 @@
-// weight + scale * (b a), rounded once: LoRA factors merged into the weight beside them.
+// weight + scale * (b a), for one pair of LoRA factors after the other, rounded after each, in one pass over the
+// weight.
 //
 // Each element of b a is one chain of fused multiply-adds over the rank, in order, so its bits depend neither on the
 // threads nor on how the matrix is cut; BLAS does the same for the ranks that adapters have. Compiled without
@@ -26,31 +27,43 @@ PYALPACA_INLINE Vec fused(Vec x, Vec y, Vec z) {
 
 template <class T, int Rows, int Vecs>
 PYALPACA_INLINE void tile(const LoraMerge& m, int64_t row, int64_t column) {
-  Vec sums[Rows][Vecs] = {};
-  for (int64_t k = 0; k < m.rank; ++k) {
-    Vec a[Vecs];
-    for (int v = 0; v < Vecs; ++v) a[v] = load(m.a + k * m.columns + column + v * kLanes);
+  const T* from = static_cast<const T*>(m.weight) + row * m.weight_stride + column;
+  T* to = static_cast<T*>(m.out) + row * m.columns + column;
+  int64_t stride = m.weight_stride;
+  for (int64_t f = 0; f < m.count; ++f) {
+    const LoraFactors& factors = m.factors[f];
+    Vec sums[Rows][Vecs] = {};
+    for (int64_t k = 0; k < factors.rank; ++k) {
+      Vec a[Vecs];
+      for (int v = 0; v < Vecs; ++v) a[v] = load(factors.a + k * m.columns + column + v * kLanes);
+      for (int r = 0; r < Rows; ++r) {
+        const Vec b = splat(factors.b[(row + r) * factors.rank + k]);
+        for (int v = 0; v < Vecs; ++v) sums[r][v] = fused(b, a[v], sums[r][v]);
+      }
+    }
     for (int r = 0; r < Rows; ++r) {
-      const Vec b = splat(m.b[(row + r) * m.rank + k]);
-      for (int v = 0; v < Vecs; ++v) sums[r][v] = fused(b, a[v], sums[r][v]);
+      for (int v = 0; v < Vecs; ++v) {
+        const Vec weight = load(from + r * stride + v * kLanes);
+        store(to + r * m.columns + v * kLanes, weight + sums[r][v] * factors.scale);
+      }
     }
-  }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vecs; ++v) {
-      const int64_t at = column + v * kLanes;
-      const Vec weight = load(static_cast<const T*>(m.weight) + (row + r) * m.weight_stride + at);
-      store(static_cast<T*>(m.out) + (row + r) * m.columns + at, weight + sums[r][v] * m.scale);
-    }
+    from = to, stride = m.columns;  // the next pair adds to what this one left
   }
 }
 
 template <class T>
 PYALPACA_INLINE void element(const LoraMerge& m, int64_t row, int64_t column) {
-  float sum = 0.0f;
-  for (int64_t k = 0; k < m.rank; ++k) sum = __builtin_fmaf(m.b[row * m.rank + k], m.a[k * m.columns + column], sum);
-  const float weight = load_one(static_cast<const T*>(m.weight) + row * m.weight_stride + column);
-  const float scaled = sum * m.scale;
-  store_one(static_cast<T*>(m.out) + row * m.columns + column, weight + scaled);
+  T* to = static_cast<T*>(m.out) + row * m.columns + column;
+  *to = static_cast<const T*>(m.weight)[row * m.weight_stride + column];
+  for (int64_t f = 0; f < m.count; ++f) {
+    const LoraFactors& factors = m.factors[f];
+    float sum = 0.0f;
+    for (int64_t k = 0; k < factors.rank; ++k) {
+      sum = __builtin_fmaf(factors.b[row * factors.rank + k], factors.a[k * m.columns + column], sum);
+    }
+    const float scaled = sum * factors.scale;
+    store_one(to, load_one(to) + scaled);
+  }
 }
 
 template <class T, int Rows>
@@ -66,7 +79,9 @@ PYALPACA_INLINE void rows_of_block(const LoraMerge& m, int64_t row, int64_t begi
 }  // namespace
 
 void lora_merge(const LoraMerge& m) {
-  const int64_t step = kVecs * kLanes, width = max(kBlockFloats / max(m.rank, 1) / step, 1) * step;
+  int64_t ranks = 1;
+  for (int64_t f = 0; f < m.count; ++f) ranks += m.factors[f].rank;
+  const int64_t step = kVecs * kLanes, width = max(kBlockFloats / ranks / step, 1) * step;
   with_type(m.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel(m.rows, max(kGrain / m.columns, kRows), [&](int64_t begin, int64_t end) {

@@ -9,6 +9,7 @@ from typing import Any
 
 from pyalpaca.checkpoint.canonical import DTYPES, Reader, cast
 from pyalpaca.checkpoint.container.torch_layout import CONTAINERS, DEFAULT_CONTAINER
+from pyalpaca.checkpoint.gguf_model import GGUF_TYPES, plan_gguf
 from pyalpaca.checkpoint.hf import plan_hf
 from pyalpaca.checkpoint.megatron_writer import plan_megatron
 from pyalpaca.checkpoint.meta import plan_meta
@@ -16,14 +17,16 @@ from pyalpaca.checkpoint.native import plan_native
 from pyalpaca.checkpoint.open import open_checkpoint
 from pyalpaca.checkpoint.plan import Plan, execute
 
-LAYOUTS = ("hf", "meta", "megatron", "deepspeed", "native")
+LAYOUTS = ("hf", "meta", "megatron", "deepspeed", "native", "gguf")
+_GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_QUANTIZED = [kind for kind in GGUF_TYPES if kind not in _GGUF_DTYPES.values()]
 
 
 @dataclass(frozen=True)
 class Output:
     """How a model is to be written; what a layout has no use for is ignored.
 
-    dtype: of all tensors; None: as they are. tp, pp, dialect, merge_mlp, divisible_by, padding: megatron and deepspeed.
+    dtype: of all tensors; None: as they are; gguf also `q8_0` and `q4_0`. tp, pp, dialect, merge_mlp, divisible_by, padding: megatron and deepspeed.
     weights, max_shard_size: hf. num_shards: meta; None: as Meta published that size. container: of files as torch.save's.
     """
 
@@ -43,13 +46,16 @@ class Output:
 
 def plan_conversion(reader: Reader, output: Output) -> Plan:
     """The plan that writes a reader's model. ValueError for a model that can't be written so."""
+    dtypes = [*DTYPES, *_QUANTIZED] if output.layout == "gguf" else DTYPES
     for what, value, known in (
         ("layout", output.layout, LAYOUTS),
-        ("dtype", output.dtype or "float16", DTYPES),
+        ("dtype", output.dtype or "float16", dtypes),
         ("container", output.container, CONTAINERS),
     ):
         if value not in known:
             raise ValueError(f"{what} {value!r} is not one of {', '.join(known)}")
+    if output.layout == "gguf":
+        return plan_gguf(reader, dtype=_GGUF_DTYPES.get(output.dtype or "", output.dtype))
     reader = cast(reader, DTYPES[output.dtype] if output.dtype else None)
     if output.layout == "hf":
         return plan_hf(reader, weights=output.weights, max_shard_size=output.max_shard_size, container=output.container)

@@ -57,10 +57,8 @@ def merged(base: Reader, paths: Sequence[Path]) -> Reader:
         last = max((i for i, adapter in enumerate(adapters) if name in adapter.full), default=None)
         weight = base.read(name, piece) if last is None else adapters[last].file.read(adapters[last].full[name], piece)
         weight = weight.to(torch.float16)
-        for adapter in adapters[last or 0 :]:
-            if name in adapter.factors:
-                weight = _add(adapter, name, weight, piece)
-        return weight
+        factors = [_factors(adapter, name, piece) for adapter in adapters[last or 0 :] if name in adapter.factors]
+        return lora_merge(weight, factors) if factors else weight
 
     return replace(
         base,
@@ -72,14 +70,14 @@ def merged(base: Reader, paths: Sequence[Path]) -> Reader:
     )
 
 
-def _add(adapter: Adapter, name: str, weight: Tensor, piece: Piece | None) -> Tensor:
-    """A weight (or its piece) and what the adapter adds to it: T(B @ A) * lora_alpha / r."""
+def _factors(adapter: Adapter, name: str, piece: Piece | None) -> tuple[Tensor, Tensor, float]:
+    """What the adapter adds to a weight (or its piece), as lora_merge takes it: T(B @ A) * lora_alpha / r."""
     factors = adapter.factors[name]
     a, b = (adapter.file.read(key, None).float() for key in (factors.a, factors.b))
     left, right = (a.T, b.T) if factors.transpose else (b, a)
     if piece is not None:
         left, right = (whole_slice(left, piece), right) if piece[0] == 0 else (left, whole_slice(right, piece))
-    return lora_merge(weight, left, right, factors.scale)
+    return left, right, factors.scale
 
 
 def describe_merge(names: Iterable[str], paths: Sequence[str | Path]) -> list[str]:

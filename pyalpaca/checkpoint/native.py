@@ -184,7 +184,7 @@ def open_native(path: Path) -> Reader:
         a, b = (model.read(f"{stem}.lora_{x}.weight", None).float() for x in "AB")
         if piece is not None:
             a, b = (whole_slice(a, piece), b) if piece[0] == 1 else (a, whole_slice(b, piece))
-        return lora_merge(weight, b, a, config.lora_scale)
+        return lora_merge(weight, [(b, a, config.lora_scale)])
 
     return Reader(
         layout="native",

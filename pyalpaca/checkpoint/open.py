@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyalpaca.checkpoint.adapter import is_adapter
 from pyalpaca.checkpoint.canonical import Reader
+from pyalpaca.checkpoint.gguf_model import find_gguf, open_gguf
 from pyalpaca.checkpoint.hf import is_hf, open_hf
-from pyalpaca.checkpoint.lora import is_adapter, merged
+from pyalpaca.checkpoint.lora import merged
 from pyalpaca.checkpoint.megatron import find_megatron, open_megatron
 from pyalpaca.checkpoint.meta import is_meta, open_meta
 from pyalpaca.checkpoint.native import find_native, open_native
 
 
 def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_size: int | None = None) -> Reader:
-    """Open a model in Meta's, Hugging Face's, Megatron's (DeepSpeed's) or our own layout, which is recognised, lazily.
+    """Open a model in Meta's, Hugging Face's, Megatron's (DeepSpeed's), llama.cpp's or our own layout, lazily.
+
+    The layout is recognised.
 
     lora: adapters, merged in this order in the view that is returned (see `merged`).
     vocab_size: of the real vocabulary, where the folder does not say it (Megatron pads it) or says it wrong (config.json).
@@ -23,7 +27,7 @@ def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_
     where = Path(path)
     if not where.exists():
         raise FileNotFoundError(f"{where}: not found, expected a checkpoint folder; check the path")
-    if not where.is_dir():
+    if not where.is_dir() and where.suffix != ".gguf":
         raise ValueError(f"{where}: is a file, expected the folder that holds the checkpoint; give {where.parent}")
     reader = _open(where, vocab_size)
     if vocab_size not in (None, reader.config.vocab_size):
@@ -34,6 +38,9 @@ def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_
 
 
 def _open(path: Path, vocab_size: int | None) -> Reader:
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return open_gguf(gguf)
     if find_native(path) is not None:
         return open_native(path)
     if is_meta(path) and is_hf(path):
@@ -51,5 +58,5 @@ def _open(path: Path, vocab_size: int | None) -> Reader:
     present = ", ".join(sorted(f.name for f in path.iterdir())[:5]) or "nothing"
     raise ValueError(
         f"{path}: no checkpoint recognised (it holds {present}); expected consolidated.NN.pth with params.json, "
-        f"pytorch_model*.bin or model*.safetensors with config.json, latest_checkpointed_iteration.txt, or manifest.json"
+        f"pytorch_model*.bin or model*.safetensors with config.json, latest_checkpointed_iteration.txt, manifest.json, or a .gguf file"
     )

@@ -1,7 +1,7 @@
 """The operators of the model, each differentiable and served by one of several backends (C++, NPU, plain torch).
 
-rms_norm(x, weight, eps), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), and lora_merge(weight, b, a,
-scale), which has no gradient: fp32, bf16 and fp16 on CPU run in C++, every other dtype and device in plain torch.
+rms_norm(x, weight, eps), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), and lora_merge(weight, factors),
+which has no gradient: fp32, bf16 and fp16 on CPU run in C++, every other dtype and device in plain torch.
 PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")` choose by name; `backend_report()` says which backend
 serves which operator, and why.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Backend(Protocol):
         self, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
     ) -> tuple[Tensor, Tensor]: ...
 
-    def lora_merge(self, weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor: ...
+    def lora_merge(self, weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor: ...
 
 
 _MODULES: dict[str, Backend] = {"cpp": cpp, "npu": npu, "reference": reference}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,8 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    merged: Tensor = torch.ops.pyalpaca.lora_merge.default(weight, b, a, scale)
+def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    merged: Tensor = torch.ops.pyalpaca.lora_merge.default(weight, *map(list, zip(*factors, strict=True)))
     return merged
 
 

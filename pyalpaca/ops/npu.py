@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    return reference.lora_merge(weight, b, a, scale)
+def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    return reference.lora_merge(weight, factors)
 
 
 def flash_attention(

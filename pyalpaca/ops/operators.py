@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from pyalpaca.ops.backend import choose
@@ -24,13 +26,13 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return choose("rope", x_BSHd).rope(x_BSHd, cos, sin)
 
 
-def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    """A weight with LoRA factors merged in: weight + scale * (b a) (Hu et al. 2021), for adapters; it has no gradient.
+def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """A weight with LoRA factors merged in (Hu et al. 2021): weight + scale * (b a) for each (b, a, scale) in order.
 
-    weight (O, I); b fp32 (O, r) and a fp32 (r, I) -> like weight. The product is rounded to fp32, then scaled and rounded,
-    then added, and the sum is rounded to the dtype of weight.
+    weight (O, I); b fp32 (O, r) and a fp32 (r, I), at least one pair -> like weight; no gradient. The product is rounded to
+    fp32, then scaled and rounded, then added, and the sum is rounded to the dtype of weight before the next pair's turn.
     """
-    return choose("lora_merge", weight).lora_merge(weight, b, a, scale)
+    return choose("lora_merge", weight).lora_merge(weight, factors)
 
 
 def flash_attention(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,11 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHd.dtype)
 
 
-def lora_merge(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
     """weight + scale * (b a), each step rounded to fp32 and the sum to the dtype of weight, as the original merge does."""
-    return (_wide(weight) + (_wide(b) @ _wide(a)) * scale).to(weight.dtype)
+    for b, a, scale in factors:
+        weight = (_wide(weight) + (_wide(b) @ _wide(a)) * scale).to(weight.dtype)
+    return weight
 
 
 def flash_attention(

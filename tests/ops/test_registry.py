@@ -56,8 +56,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (*(x.transpose(1, 2) for x in qkv(half, 3, 3, 5, 5)), False, 0, 0.5),
         ],
         "lora_merge": [
-            (random(6, 9), random(6, 2), random(2, 9), 0.5),
-            (random(30, 5, dtype=half).T, random(5, 8), random(8, 30), 4.0),
+            (random(6, 9), [random(6, 2)], [random(2, 9)], [0.5]),
+            (random(30, 5, dtype=half).T, [random(5, 8), random(5, 3)], [random(8, 30), random(3, 30)], [4.0, 1.0]),
         ],
         "flash_attention_backward": [
             attention_backward(*qkv(torch.float32, 6, 9, 4, 2), True, 3, 0.25),
