@@ -14,8 +14,17 @@ from pyalpaca.checkpoint.container.tree import shown
 _MAX_TUPLE_KEYS = 4096
 """Hashes of tuples can be made to collide, which makes a dict of many of them slow."""
 
+_MAX_NAME = 300
+"""Letters of a module or of a name that are looked at: none that is known has as many."""
+
+_MAX_MARKS = 1000
+"""Marks that are open at a time: as many as containers lie in one another, see tree.MAX_DEPTH."""
+
 _PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Protocols below 3 write these modules by their names in Python 2."""
+
+
+_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
 
 
 class Stream(Protocol):
@@ -79,7 +88,7 @@ class Machine:
     def spend(self, amount: int) -> None:
         """Refuse pickles that make much from little: a few bytes can say that a long string is to be copied again."""
         self.spent += amount
-        if self.spent > 4 * self.stream.tell() + (1 << 20):
+        if self.spent > 4 * self.stream.tell() + (1 << 18):
             raise UntrustedError("its pickle makes far more than it holds; don't trust this file")
 
     def since_mark(self) -> list[Any]:
@@ -88,13 +97,17 @@ class Machine:
         return items
 
     def mark(self) -> None:
+        if len(self.marked) > _MAX_MARKS:
+            raise IndexError
         self.marked.append(self.stack)
         self.stack = []
 
     def store(self, number: int) -> None:
         if number == len(self.stored):
             self.stored.append(self.stack[-1])
-        elif 0 <= number < len(self.stored):
+        elif number < 0:
+            raise IndexError
+        elif number < len(self.stored):
             self.stored[number] = self.stack[-1]
         else:
             self.stored_apart[number] = self.stack[-1]
@@ -110,6 +123,8 @@ class Machine:
         """Push what a name of the pickle stands for."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("its pickle names something by other than words; it is damaged")
+        # A long text that was stored would be copied for every name that is made of it.
+        module, name = module[:_MAX_NAME], name[:_MAX_NAME]
         full = f"{_PYTHON2.get(module, module)}.{name}"
         found = self.find(full)
         if isinstance(found, Refused):
@@ -130,7 +145,8 @@ class Machine:
             return
         if not isinstance(function, Rule):
             raise UntrustedError(f"its pickle calls a {type(function).__name__}; don't trust this file")
-        self.spend(function.cost + sum(len(a) for a in args if isinstance(a, (str, bytes, bytearray, list, tuple, dict, set))))
+        copied = (len(a) if isinstance(a, (str, bytes)) else 4 * len(a) for a in args if isinstance(a, _SIZED))
+        self.spend(function.cost + sum(copied))
         try:
             self.stack.append(function.make(args))
         except MisfitError:
@@ -152,6 +168,8 @@ class Machine:
         target = self.stack[-1]
         if len(items) % 2 or not isinstance(target, (dict, Inert)):
             raise IndexError
+        if not target:
+            self.spend(12)
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, tuple):
                 self.tuple_keys += 1
@@ -171,7 +189,7 @@ class Machine:
         if isinstance(target, Inert):
             for part in state if isinstance(state, tuple) else (state,):
                 if isinstance(part, dict):
-                    self.spend(len(part))
+                    self.spend(8 * len(part))
                     target.state.update((key, value) for key, value in part.items() if isinstance(key, str))
         elif not isinstance(target, dict) or not isinstance(state, dict):
             raise UntrustedError(f"its pickle sets attributes of a {type(target).__name__}; don't trust this file")

@@ -58,9 +58,13 @@ def plain_names(name: str) -> Any:
     """What `module.name` stands for: a Rule, an Inert record, or None if it is not on the list."""
     if name in _INERT_ALIASES:
         return Inert(_INERT_ALIASES[name])
-    if name in _INERT or name.split(".", 1)[0] in _INERT_PACKAGES:
+    if name in _INERT or _of_training_program(name):
         return Inert(name)
     return _RULES.get(name)
+
+
+def _of_training_program(name: str) -> bool:
+    return name.split(".", 1)[0] in _INERT_PACKAGES
 
 
 def _ordered_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
@@ -127,10 +131,11 @@ def _complex(args: tuple[Any, ...]) -> complex:
 
 
 def _attribute(args: tuple[Any, ...]) -> Inert:
-    """How some versions of Python write an enum: getattr(class, name)."""
+    """How some versions of Python write a training program's enum: getattr(class, name)."""
     match args:
-        case (Inert(name=owner), str(name)) if name.isidentifier() and len(owner) + len(name) < 200:
-            return Inert(f"{owner}.{name}")
+        case (Inert(name=owner), str(name)) if _of_training_program(owner) and len(owner) + len(name) < 200:
+            if name.isidentifier() and not name.startswith("_"):
+                return Inert(f"{owner}.{name}")
     raise MisfitError
 
 

@@ -248,7 +248,9 @@ def _read_legacy(path: Path, data: mmap.mmap) -> Any:
     except ValueError:
         if data[:1] == b"\x80":
             raise
-        _refuse(f"begins with {data[:8]!r}, expected a file written by torch.save; check the path, or download it again")
+        _refuse(
+            f"can't be read as tensors saved by torch.save (it begins with {data[:8]!r}); check the path, or download it again"
+        )
     if magic != _MAGIC or type(magic) is not int:
         _refuse("is a pickle, but not of torch.save, expected tensors; load it where it comes from and save it with torch.save")
     version, system = unpickle(head, names), unpickle(head, names)
