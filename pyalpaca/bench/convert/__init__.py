@@ -1,0 +1,1 @@
+"""The benchmark of merging and converting; `run` is its command line."""
