@@ -29,8 +29,8 @@ def config_from_gguf(file: GgufFile) -> LlamaConfig:
     """The config of a file's model. ValueError names what is missing, or what no LLaMA has."""
     values = file.metadata
     architecture = values.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"its architecture is {architecture!r}, not 'llama'")
+    if str(architecture) != "llama":
+        raise ValueError(f"its architecture is {_short(architecture)}, not 'llama'")
     if _number(values, "expert_count", 0):
         raise ValueError(f"is a mixture of {_number(values, 'expert_count')} experts")
     shape = file.tensors.shapes.get(_EMBED, ())
@@ -66,20 +66,24 @@ def _number(values: Mapping[str, Value], key: str, default: Any = None) -> Any:
             raise ValueError(f"llama.{key} missing")
         return default
     if isinstance(value, np.ndarray):
-        if value.size == 0 or (value != value[0]).any():
+        if not value.size or (value != value[0]).any():
             raise ValueError(f"llama.{key} differs between layers")
         value = value[0]
     if isinstance(value, np.floating):
         return float(str(value))  # as it was written, 1e-06, not float32's nearest, 9.99999997e-07
     if isinstance(value, np.integer):
         return int(value)
-    raise ValueError(f"llama.{key} is {value!r}, expected a number")
+    raise ValueError(f"llama.{key} is {_short(value)}, expected a number")
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.60}"
 
 
 def _rope_scaling(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
-    kind = file.metadata.get("llama.rope.scaling.type", "linear")
+    kind = str(file.metadata.get("llama.rope.scaling.type", "linear"))
     factor = float(_number(file.metadata, "rope.scaling.factor", _number(file.metadata, "rope.scale_linear", 1.0)))
-    scaling = None if kind == "none" or factor in (0.0, 1.0) else {"rope_type": str(kind), "factor": factor}
+    scaling = None if kind == "none" or factor in (0.0, 1.0) else {"rope_type": kind, "factor": factor}
     if ROPE_FACTORS not in file.types:
         return scaling
     factors = file.tensors.read(ROPE_FACTORS, None)
@@ -111,12 +115,9 @@ def _llama3_scaling(factors: Tensor, theta: float) -> dict[str, Any] | None:
 
 
 def llama3_factors(scaling: Mapping[str, Any], head_dim: int, theta: float) -> Tensor:
-    """What LLaMA 3's scaling divides each frequency by, float32 (head_dim / 2). ValueError if the record lacks a field."""
-    try:
-        factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        original = float(scaling["original_max_position_embeddings"])
-    except KeyError as error:
-        raise ValueError(f"rope scaling llama3 lacks {error}, expected the record of a config.json") from None
+    """What LLaMA 3's scaling divides each frequency by, float32 (head_dim / 2)."""
+    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = float(scaling["original_max_position_embeddings"])
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     turns = original * frequency / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)

@@ -17,7 +17,7 @@ from pyalpaca.checkpoint.container.sentencepiece_file import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Piece,
+    Token,
     llama_fields,
     sentencepiece_bytes,
 )
@@ -29,7 +29,7 @@ _USUAL = {"llama": {"bos": 1, "eos": 2, "unk": 0}, "gpt2": {}}
 
 def has_tokenizer(metadata: Mapping[str, Value]) -> bool:
     """Whether a file holds a tokenizer."""
-    return metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+    return str(metadata.get("tokenizer.ggml.model", "none")) not in ("none", "no_vocab")
 
 
 def special_ids(metadata: Mapping[str, Value]) -> dict[str, int]:
@@ -49,13 +49,14 @@ def read_tokenizer(path: Path) -> dict[str, bytes]:
     metadata = open_gguf_files(path).metadata
     if not has_tokenizer(metadata):
         return {}
-    kind = metadata.get("tokenizer.ggml.model")
+    kind = str(metadata.get("tokenizer.ggml.model"))
+    if kind not in ("llama", "gpt2"):
+        raise ValueError(f"{path}: its tokenizer is of the kind {kind!r}, expected 'llama' or 'gpt2'; use the model's own files")
     tokens = _tokens(path, metadata, scored=kind == "llama")
-    if kind == "llama":
-        return _sentencepiece_files(path, metadata, tokens)
-    if kind == "gpt2":
-        return _json_files(path, metadata, tokens)
-    raise ValueError(f"{path}: its tokenizer is of the kind {kind!r}, expected 'llama' or 'gpt2'; use the model's own files")
+    try:
+        return (_sentencepiece_files if kind == "llama" else _json_files)(path, metadata, tokens)
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}: its tokenizer holds texts that are no UTF-8; use the model's own files") from None
 
 
 def write_tokenizer(path: Path, folder: Path) -> None:
@@ -64,14 +65,14 @@ def write_tokenizer(path: Path, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _tokens(path: Path, metadata: Mapping[str, Value], scored: bool) -> list[Piece]:
+def _tokens(path: Path, metadata: Mapping[str, Value], scored: bool) -> list[Token]:
     texts = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(texts, list) or not texts:
         raise ValueError(f"{path}: has no list of tokens, expected tokenizer.ggml.tokens; download it again")
 
     def numbers(key: str, default: float) -> list[float]:
         found = metadata.get(f"tokenizer.ggml.{key}", np.full(len(texts), default))
-        if not isinstance(found, np.ndarray) or len(found) != len(texts):
+        if not isinstance(found, np.ndarray) or found.dtype == np.bool_ or len(found) != len(texts):
             raise ValueError(f"{path}: tokenizer.ggml.{key} does not fit the {len(texts)} tokens; download it again")
         listed: list[float] = found.tolist()
         return listed
@@ -79,13 +80,18 @@ def _tokens(path: Path, metadata: Mapping[str, Value], scored: bool) -> list[Pie
     if scored and "tokenizer.ggml.scores" not in metadata:
         raise ValueError(f"{path}: has tokens without scores, expected tokenizer.ggml.scores; download it again")
     kinds = [int(kind) if kind in range(NORMAL, BYTE + 1) else NORMAL for kind in numbers("token_type", NORMAL)]
-    return [Piece(*token) for token in zip(texts, numbers("scores", 0.0), kinds, strict=True)]
+    return [Token(*token) for token in zip(texts, numbers("scores", 0.0), kinds, strict=True)]
 
 
-def _sentencepiece_files(path: Path, metadata: Mapping[str, Value], tokens: list[Piece]) -> dict[str, bytes]:
+def _flag(metadata: Mapping[str, Value], key: str, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    return value if isinstance(value, bool) else default
+
+
+def _sentencepiece_files(path: Path, metadata: Mapping[str, Value], tokens: list[Token]) -> dict[str, bytes]:
     ids = special_ids(metadata)
     count, fields = metadata.get(OWN_PIECES), metadata.get(OWN_FIELDS)
-    leading_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    leading_space = _flag(metadata, "add_space_prefix", True)
     if isinstance(count, np.integer) and isinstance(fields, np.ndarray) and 0 < count <= len(tokens):
         pieces, rest = tokens[:count], fields.tobytes()
     else:
@@ -102,8 +108,8 @@ def _sentencepiece_files(path: Path, metadata: Mapping[str, Value], tokens: list
         ) from None
     added = {i: token for i, token in enumerate(tokens) if i >= len(pieces) and token.kind != UNUSED}
     config: dict[str, Any] = {
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", True)),
-        "add_eos_token": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        "add_bos_token": _flag(metadata, "add_bos_token", True),
+        "add_eos_token": _flag(metadata, "add_eos_token", False),
         "legacy": True,
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
@@ -113,7 +119,7 @@ def _sentencepiece_files(path: Path, metadata: Mapping[str, Value], tokens: list
     return {"tokenizer.model": model} | _configs(config, metadata, tokens, added)
 
 
-def _without_fill(tokens: list[Piece]) -> list[Piece]:
+def _without_fill(tokens: list[Token]) -> list[Token]:
     """Without the unused tokens at the end, which fill up a padded vocabulary."""
     size = len(tokens)
     while size > 1 and tokens[size - 1].kind == UNUSED:
@@ -121,13 +127,13 @@ def _without_fill(tokens: list[Piece]) -> list[Piece]:
     return tokens[:size]
 
 
-def _as_sentencepiece(i: int, token: Piece, ids: Mapping[str, int]) -> Piece:
+def _as_sentencepiece(i: int, token: Token, ids: Mapping[str, int]) -> Token:
     """A token as SentencePiece has it: just one is unknown, which llama.cpp's converter may have called a control token."""
     kind = UNKNOWN if i == ids.get("unk", 0) else CONTROL if token.kind == UNKNOWN else token.kind
-    return Piece(token.text, 0.0 if kind in (UNKNOWN, CONTROL) else token.score, kind)
+    return Token(token.text, 0.0 if kind in (UNKNOWN, CONTROL) else token.score, kind)
 
 
-def _json_files(path: Path, metadata: Mapping[str, Value], tokens: list[Piece]) -> dict[str, bytes]:
+def _json_files(path: Path, metadata: Mapping[str, Value], tokens: list[Token]) -> dict[str, bytes]:
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     pre = _SAME_CUT.get(pre, pre)
     merges = metadata.get("tokenizer.ggml.merges")
@@ -138,8 +144,8 @@ def _json_files(path: Path, metadata: Mapping[str, Value], tokens: list[Piece]) 
             "use the model's own tokenizer files"
         )
     ids = special_ids(metadata)
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")) and "bos" in ids
-    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in ids
+    add_bos = _flag(metadata, "add_bos_token", pre == "llama-bpe") and "bos" in ids
+    add_eos = _flag(metadata, "add_eos_token", False) and "eos" in ids
     last = max((i for i, token in enumerate(tokens) if token.kind == NORMAL), default=-1)
     added = {i: token for i, token in enumerate(tokens) if token.kind in (CONTROL, USER_DEFINED)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -169,7 +175,7 @@ def _json_files(path: Path, metadata: Mapping[str, Value], tokens: list[Piece]) 
     return {"tokenizer.json": _json(content)} | _configs(config, metadata, tokens, added)
 
 
-def _template(first: list[str], last: list[str], tokens: list[Piece]) -> dict[str, Any] | None:
+def _template(first: list[str], last: list[str], tokens: list[Token]) -> dict[str, Any] | None:
     """The step that puts special tokens around the ids of a text."""
     if not first and not last:
         return None
@@ -188,7 +194,7 @@ def _template(first: list[str], last: list[str], tokens: list[Piece]) -> dict[st
 
 
 def _configs(
-    config: dict[str, Any], metadata: Mapping[str, Value], tokens: list[Piece], added: Mapping[int, Piece]
+    config: dict[str, Any], metadata: Mapping[str, Value], tokens: list[Token], added: Mapping[int, Token]
 ) -> dict[str, bytes]:
     """tokenizer_config.json and special_tokens_map.json."""
     special = {f"{role}_token": tokens[i].text for role, i in sorted(special_ids(metadata).items())}
@@ -200,7 +206,7 @@ def _configs(
     return {"tokenizer_config.json": _json(dict(sorted(config.items()))), "special_tokens_map.json": _json(special)}
 
 
-def _added(token: Piece) -> dict[str, Any]:
+def _added(token: Token) -> dict[str, Any]:
     """A token beside the model, as tokenizer.json and tokenizer_config.json spell it."""
     return {
         "content": token.text,
@@ -213,4 +219,4 @@ def _added(token: Piece) -> dict[str, Any]:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

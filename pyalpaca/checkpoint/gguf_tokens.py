@@ -21,7 +21,7 @@ from pyalpaca.checkpoint.container.sentencepiece_file import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Piece,
+    Token,
     has_leading_space,
     read_sentencepiece,
     sentencepiece_bytes,
@@ -67,32 +67,12 @@ def tokenizer_metadata(source: Path | None, vocab_size: int, fields: Mapping[str
         return {"tokenizer.ggml.model": "none"}
     if source.is_file():
         return _taken_over(source, vocab_size)
-    if (source / "tokenizer.model").is_file():
-        pieces, rest = read_sentencepiece(source / "tokenizer.model")
-        values: dict[str, Value] = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
-        merges: list[str] = []
-        leading_space = has_leading_space(rest)
-    else:
-        values, pieces, merges = _from_json(source / "tokenizer.json", vocab_size)
-        rest, leading_space = b"", _json_leading_space(source / "tokenizer.json")
-    config = _config(source)
-    tokens = _table(source, pieces, _added_tokens(source, config, pieces), vocab_size)
-    values["tokenizer.ggml.tokens"] = [token.text for token in tokens]
-    if values["tokenizer.ggml.model"] == "llama":
-        values["tokenizer.ggml.scores"] = np.array([token.score for token in tokens], np.float32)
-    values["tokenizer.ggml.token_type"] = np.array([token.kind for token in tokens], np.int32)
-    if merges:
-        values["tokenizer.ggml.merges"] = merges
-    values |= _roles(config, fields, tokens)
-    values |= {f"tokenizer.ggml.{key}": on for key, on in _additions(source, config).items()}
-    if not config.get("add_prefix_space", leading_space):
-        values["tokenizer.ggml.add_space_prefix"] = False
-    if template := _chat_template(source, config):
-        values["tokenizer.chat_template"] = template
-    if rest and sentencepiece_bytes(tokens[: len(pieces)], rest) == (source / "tokenizer.model").read_bytes():
-        values[OWN_PIECES] = np.uint32(len(pieces))
-        values[OWN_FIELDS] = np.frombuffer(rest, np.uint8)
-    return values
+    try:
+        return _from_folder(source, vocab_size, fields)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{source}: its tokenizer files are not as Hugging Face writes them ({error!r}); download them again"
+        ) from None
 
 
 def _taken_over(path: Path, vocab_size: int) -> dict[str, Value]:
@@ -103,57 +83,107 @@ def _taken_over(path: Path, vocab_size: int) -> dict[str, Value]:
     return {key: value for key, value in metadata.items() if key.startswith(("tokenizer.", "pyalpaca.sentencepiece."))}
 
 
-def _from_json(path: Path, vocab_size: int) -> tuple[dict[str, Value], list[Piece], list[str]]:
-    """What a tokenizer.json without SentencePiece's file gives: the first keys, the pieces, the merges that are written."""
-    content = read_json(path)
-    try:
-        model = content["model"]
-        vocabulary = {str(text): int(i) for text, i in model["vocab"].items()}
-        pairs = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
-        names = {i: text for text, i in vocabulary.items()}
-        size = min(max(names) + 1, vocab_size)
-        pieces = [Piece(names[i]) if i in names else Piece(f"[PAD{i}]", -10000.0, UNUSED) for i in range(size)]
-        ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(pairs)))}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: is not the tokenizer.json of a BPE model ({error!r}); use the model's own tokenizer") from None
-    if model.get("byte_fallback"):
-        special = {str(token["content"]) for token in content.get("added_tokens", []) if token.get("special")}
-        for i, piece in enumerate(pieces):
-            kind = UNKNOWN if piece.text == model.get("unk_token") else CONTROL if piece.text in special else piece.kind
-            if len(piece.text) == 6 and piece.text.startswith("<0x"):
-                kind = BYTE
-            pieces[i] = Piece(piece.text, -float(ranks.get(piece.text, len(pairs))) if kind == NORMAL else piece.score, kind)
-        return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}, pieces, []
-    pre = next((name for name, form in PRE_TOKENIZERS.items() if _same_cut(content.get("pre_tokenizer"), form)), None)
-    if pre is None:
-        raise ValueError(
-            f"{path}: cuts text in a way that has no known name in llama.cpp, expected {', '.join(PRE_TOKENIZERS)} or a "
-            "SentencePiece tokenizer; convert without the tokenizer's files beside the model"
-        )
-    # A space within a merge would end its left half.
-    merges = [" ".join(half.replace(" ", "Ġ") for half in pair) for pair in pairs]
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre}, pieces, merges
+def _from_folder(source: Path, vocab_size: int, fields: Mapping[str, Any]) -> dict[str, Value]:
+    model, spelled = source / "tokenizer.model", source / "tokenizer.json"
+    content = read_json(spelled) if spelled.is_file() else {}
+    config = _config(source)
+    kind = content["model"].get("type", "BPE") if "model" in content else "BPE"
+    if model.is_file():
+        pieces, rest = read_sentencepiece(model)
+        values: dict[str, Value] = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
+        leading_space = has_leading_space(rest)
+    elif kind != "BPE":
+        raise ValueError(f"{spelled}: is a {kind} model, expected BPE as LLaMA's; use the model's own tokenizer")
+    elif content["model"].get("byte_fallback"):
+        pieces, rest = _scored(content), b""
+        values = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
+        leading_space = _puts_space(content)
+    else:
+        pieces, rest, leading_space = _vocabulary(content), b"", True
+        values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _pre_tokenizer(spelled, content)}
+        # A space within a merge would end its left half.
+        values["tokenizer.ggml.merges"] = [" ".join(half.replace(" ", "Ġ") for half in pair) for pair in _merges(content)]
+    tokens = _table(source, pieces, _added_tokens(source, content, config, pieces), vocab_size)
+    values["tokenizer.ggml.tokens"] = [token.text for token in tokens]
+    if values["tokenizer.ggml.model"] == "llama":
+        values["tokenizer.ggml.scores"] = np.array([token.score for token in tokens], np.float32)
+    values["tokenizer.ggml.token_type"] = np.array([token.kind for token in tokens], np.int32)
+    values |= _roles(config, fields, tokens)
+    values |= {f"tokenizer.ggml.{key}": on for key, on in _additions(content, config).items()}
+    if not config.get("add_prefix_space", leading_space):
+        values["tokenizer.ggml.add_space_prefix"] = False
+    if template := _chat_template(source, config):
+        values["tokenizer.chat_template"] = template
+    if rest and sentencepiece_bytes(tokens[: len(pieces)], rest) == model.read_bytes():
+        values[OWN_PIECES] = np.uint32(len(pieces))
+        values[OWN_FIELDS] = np.frombuffer(rest, np.uint8)
+    return values
 
 
-def _json_leading_space(path: Path) -> bool:
+def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a tokenizer.json, which are texts with a space or, since 2024, pairs."""
+    return [(left, right) for left, right in (m.split(" ", 1) if isinstance(m, str) else m for m in content["model"]["merges"])]
+
+
+def _vocabulary(content: Mapping[str, Any]) -> list[Token]:
+    """The tokens of a tokenizer.json in the order of their ids; a missing id is unused."""
+    names = {i: text for text, i in content["model"]["vocab"].items()}
+    size = min(max(names) + 1, 2 * len(names) + len(content.get("added_tokens") or ()))  # ids may have gaps, but not any
+    return [Token(names[i]) if i in names else _fill(i) for i in range(size)]
+
+
+def _fill(i: int) -> Token:
+    """llama.cpp's token for an id that the tokenizer does not know."""
+    return Token(f"[PAD{i}]", -10000.0, UNUSED)
+
+
+def _scored(content: Mapping[str, Any]) -> list[Token]:
+    """The pieces of a SentencePiece model that only its tokenizer.json is left of; a merge's rank is its piece's score."""
+    special = {token["content"] for token in content.get("added_tokens") or () if token.get("special")}
+    ranks: dict[str, int] = {}
+    for left, right in _merges(content):
+        ranks.setdefault(left + right, len(ranks))
+    pieces = []
+    for text, score, kind in _vocabulary(content):
+        if text == content["model"].get("unk_token"):
+            kind = UNKNOWN
+        elif text in special:
+            kind = CONTROL
+        elif len(text) == 6 and text.startswith("<0x"):
+            kind = BYTE
+        pieces.append(Token(text, -float(ranks.get(text, len(ranks))) if kind == NORMAL else score, kind))
+    return pieces
+
+
+def _puts_space(content: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json of SentencePiece's kind puts a space before the text."""
-    content = read_json(path)
     steps: list[Any] = []
-    for part in (content.get("normalizer"), content.get("pre_tokenizer")):
-        steps += (part.get("normalizers") or part.get("pretokenizers") or [part]) if isinstance(part, dict) else []
-    scheme = {"Prepend": lambda step: True, "Metaspace": lambda step: step.get("prepend_scheme", "always") != "never"}
-    return any(step.get("type") in scheme and scheme[step["type"]](step) for step in steps)
+    for part in (content.get("normalizer") or {}, content.get("pre_tokenizer") or {}):
+        steps += part.get("normalizers") or part.get("pretokenizers") or [part]
+    return any(
+        step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
+    )
+
+
+def _pre_tokenizer(path: Path, content: Mapping[str, Any]) -> str:
+    for name, form in PRE_TOKENIZERS.items():
+        if _same_cut(content.get("pre_tokenizer"), form) and not content.get("normalizer"):
+            return name
+    raise ValueError(
+        f"{path}: cuts text in a way that llama.cpp has no name for, expected that of {', '.join(PRE_TOKENIZERS)} or a "
+        "SentencePiece tokenizer; convert a folder without the tokenizer, and give llama.cpp one of its own"
+    )
 
 
 def _same_cut(found: Any, form: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer is this one; fields that are not in it have their defaults, `trim_offsets` cuts nothing."""
+    """Whether a pre-tokenizer is this one. What it does not say is false, but `use_regex`; `trim_offsets` cuts nothing."""
     if not isinstance(found, dict) or found.get("type") != form["type"]:
         return False
     if "pretokenizers" in form:
-        steps = found.get("pretokenizers", [])
-        wanted = form["pretokenizers"]
+        steps, wanted = found["pretokenizers"], form["pretokenizers"]
         return len(steps) == len(wanted) and all(_same_cut(a, b) for a, b in zip(steps, wanted, strict=True))
-    return all(found.get(key, default) == default for key, default in form.items() if key != "trim_offsets")
+    return all(found.get(key, key == "use_regex") == value for key, value in form.items() if key != "trim_offsets")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -162,32 +192,25 @@ def _config(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             fields |= {key: value for key, value in read_json(folder / name).items() if value is not None}
-    return {
-        key: value.get("content") if isinstance(value, dict) and key.endswith("_token") else value
-        for key, value in fields.items()
-    }
+    tokens = {f"{role}_token": fields.get(f"{role}_token") for role in ROLES}
+    texts = {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items() if token}
+    return {**fields, **{key: str(text) for key, text in texts.items()}}
 
 
-def _added_tokens(folder: Path, config: Mapping[str, Any], pieces: list[Piece]) -> dict[int, tuple[str, bool]]:
+def _added_tokens(
+    folder: Path, content: Mapping[str, Any], config: Mapping[str, Any], pieces: list[Token]
+) -> dict[int, tuple[str, bool]]:
     """{id: (text, whether it is special)} of the tokens that are named beside the model.
 
     One that only a config names, such as old Alpaca's `[PAD]`, gets the next id, as in transformers.
     """
-    added: dict[int, tuple[str, bool]] = {}
-    try:
-        if (folder / "tokenizer.json").is_file():
-            listed = read_json(folder / "tokenizer.json").get("added_tokens") or []
-            added |= {int(t["id"]): (str(t["content"]), bool(t.get("special"))) for t in listed}
-        if (folder / "added_tokens.json").is_file():
-            added |= {int(i): (str(text), False) for text, i in read_json(folder / "added_tokens.json").items()}
-        decoder = config.get("added_tokens_decoder") or {}
-        added |= {int(i): (str(t["content"]), bool(t.get("special"))) for i, t in decoder.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{folder}: its added tokens are not as Hugging Face writes them ({error!r}); download them again"
-        ) from None
+    listed = {token["id"]: token for token in content.get("added_tokens") or ()}
+    listed |= {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items() if i.isdecimal()}
+    added = {i: (token["content"], bool(token.get("special"))) for i, token in listed.items()}
+    if (folder / "added_tokens.json").is_file():
+        added = {i: (text, False) for text, i in read_json(folder / "added_tokens.json").items()} | added
     known = {piece.text for piece in pieces} | {text for text, _ in added.values()}
-    named = [text for role in ROLES if isinstance(text := config.get(f"{role}_token"), str) and text]
+    named = [config[f"{role}_token"] for role in ROLES if f"{role}_token" in config]
     for text in named:
         if text not in known:
             known.add(text)
@@ -195,14 +218,14 @@ def _added_tokens(folder: Path, config: Mapping[str, Any], pieces: list[Piece]) 
     return {i: (text, special or text in named) for i, (text, special) in added.items()}
 
 
-def _table(source: Path, pieces: list[Piece], added: Mapping[int, tuple[str, bool]], vocab_size: int) -> list[Piece]:
+def _table(source: Path, pieces: list[Token], added: Mapping[int, tuple[str, bool]], vocab_size: int) -> list[Token]:
     """A token for each row of the model; ids beyond are left out. ValueError if two have the same text."""
-    table = (pieces + [Piece(f"[PAD{i}]", -10000.0, UNUSED) for i in range(len(pieces), vocab_size)])[:vocab_size]
+    table = (pieces + [_fill(i) for i in range(len(pieces), vocab_size)])[:vocab_size]
     for i, (text, special) in added.items():
         if not 0 <= i < vocab_size or (table[i].text == text and table[i].kind in (UNKNOWN, CONTROL, USER_DEFINED)):
             continue
         kind = CONTROL if special or (text.startswith("<|") and text.endswith("|>")) else USER_DEFINED
-        table[i] = Piece(text if special else text.replace("▁", " "), -1000.0, kind)
+        table[i] = Token(text if special else text.replace("▁", " "), -1000.0, kind)
     seen: dict[str, int] = {}
     for i, token in enumerate(table):
         if seen.setdefault(token.text, i) != i:
@@ -213,7 +236,7 @@ def _table(source: Path, pieces: list[Piece], added: Mapping[int, tuple[str, boo
     return table
 
 
-def _roles(config: Mapping[str, Any], fields: Mapping[str, Any], tokens: list[Piece]) -> dict[str, Value]:
+def _roles(config: Mapping[str, Any], fields: Mapping[str, Any], tokens: list[Token]) -> dict[str, Value]:
     """The ids of the special tokens: by the tokenizer's files, else by config.json, else as in LLaMA."""
     ids = {token.text: i for i, token in enumerate(tokens)}
     usual = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": ""}
@@ -221,21 +244,20 @@ def _roles(config: Mapping[str, Any], fields: Mapping[str, Any], tokens: list[Pi
     for role in ROLES:
         stated = fields.get(f"{role}_token_id")
         by_config = stated if isinstance(stated, int) and 0 <= stated < len(tokens) else ids.get(usual[role])
-        i = ids.get(config.get(f"{role}_token") or "", by_config)
+        i = ids.get(config.get(f"{role}_token", ""), by_config)
         if i is not None:
             values[ROLE_KEYS[role]] = np.uint32(i)
     return values
 
 
-def _additions(source: Path, config: Mapping[str, Any]) -> dict[str, bool]:
+def _additions(content: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, bool]:
     """add_bos_token and add_eos_token: as tokenizer_config.json says, else as tokenizer.json's template does it."""
     said = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
-    path = source / "tokenizer.json"
-    processor = (read_json(path).get("post_processor") or {}) if path.is_file() else {}
+    processor = content.get("post_processor") or {}
     for step in processor.get("processors", [processor]):
-        if step.get("type") == "TemplateProcessing" and (single := step.get("single")):
-            said.setdefault("add_bos_token", "SpecialToken" in single[0])
-            said.setdefault("add_eos_token", "SpecialToken" in single[-1])
+        if step.get("type") == "TemplateProcessing":
+            said.setdefault("add_bos_token", "SpecialToken" in step["single"][0])
+            said.setdefault("add_eos_token", "SpecialToken" in step["single"][-1])
     return said
 
 

@@ -215,7 +215,7 @@ def open_gguf_files(path: Path) -> GgufFile:
             raise ValueError(f"{part.tensors.path}: holds {min(twice)}, as another part does; the parts are of different models")
         owner |= dict.fromkeys(part.types, part.tensors)
     total = parts[0].metadata.get("split.tensors.count")
-    if total is not None and total != len(owner):
+    if isinstance(total, np.integer) and total != len(owner):
         raise ValueError(f"{path}: {len(owner)} tensors are in its {count} parts, expected {total}; download the parts again")
     joined = replace(
         parts[0].tensors,

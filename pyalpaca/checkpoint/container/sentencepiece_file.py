@@ -20,7 +20,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _BPE = 2
 
 
-class Piece(NamedTuple):
+class Token(NamedTuple):
     """A piece of text, how much it is preferred, and its type."""
 
     text: str
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     kind: int = NORMAL
 
 
-def read_sentencepiece(path: Path) -> tuple[list[Piece], bytes]:
+def read_sentencepiece(path: Path) -> tuple[list[Token], bytes]:
     """The pieces of a file and its other fields, encoded as they are. FileNotFoundError or ValueError if it is no model."""
     check_head(path, "a SentencePiece model")
     raw = path.read_bytes()
@@ -41,6 +41,7 @@ def read_sentencepiece(path: Path) -> tuple[list[Piece], bytes]:
             else:
                 rest += raw[start:end]
             start = end
+        has_leading_space(rest)
     except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
         raise ValueError(f"{path}: is not a SentencePiece model ({error}); download it again") from None
     if not pieces:
@@ -48,7 +49,7 @@ def read_sentencepiece(path: Path) -> tuple[list[Piece], bytes]:
     return pieces, rest
 
 
-def sentencepiece_bytes(pieces: Iterable[Piece], rest: bytes) -> bytes:
+def sentencepiece_bytes(pieces: Iterable[Token], rest: bytes) -> bytes:
     """The file of these pieces and other fields, encoded as SentencePiece does: a normal piece goes without its type."""
     messages = (
         _bytes(1, p.text.encode())
@@ -60,7 +61,7 @@ def sentencepiece_bytes(pieces: Iterable[Piece], rest: bytes) -> bytes:
     return b"".join(_bytes(1, message) for message in messages) + rest
 
 
-def llama_fields(pieces: list[Piece], bos: int, eos: int, pad: int | None, leading_space: bool) -> bytes:
+def llama_fields(pieces: list[Token], bos: int, eos: int, pad: int | None, leading_space: bool) -> bytes:
     """The other fields of a model that splits text as LLaMA's does: BPE, no normalization, unknown characters as bytes."""
     unknown = next((i for i, p in enumerate(pieces) if p.kind == UNKNOWN), 0)
     ids = {40: unknown, 41: bos, 42: eos}
@@ -80,10 +81,10 @@ def has_leading_space(rest: bytes) -> bool:
     return True
 
 
-def _piece(message: bytes) -> Piece:
+def _piece(message: bytes) -> Token:
     found = {number: content for number, content, _ in _fields(message)}
     score = struct.unpack("<f", found[2])[0] if 2 in found else 0.0
-    return Piece(found[1].decode(), score, _read_varint(found[3], 0)[0] if 3 in found else NORMAL)
+    return Token(found[1].decode(), score, _read_varint(found[3], 0)[0] if 3 in found else NORMAL)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes, int]]:
