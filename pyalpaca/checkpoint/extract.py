@@ -208,8 +208,7 @@ def _of_difference(
     lora_alpha = _plain(float(r) if alpha is None else alpha)
     if not lora_alpha > 0:
         raise ValueError(f"alpha {lora_alpha} is not possible; choose a positive number")
-    whole = _changed_whole(trained, base, targeted)
-    changes = {name: Change(name, whole=True) for name in whole}
+    changes = {name: Change(name, whole=True) for name in _changed_whole(trained, base, targeted)}
     tensors: dict[str, Tensor] = {}
     for name in tqdm(sorted(targeted, key=trained.names.index), unit="tensor", desc="fitting", disable=None):
         weight = trained.read(name)
@@ -222,7 +221,7 @@ def _of_difference(
     if not fitted:  # PEFT takes no adapter without factors
         fitted = sorted(targeted, key=trained.names.index)[:1]
         changes[fitted[0]] = _fit(fitted[0], torch.zeros(trained.shapes[fitted[0]]), r, 1.0, torch.float32, tensors)
-    tensors.update({name: trained.read(name) for name in whole})
+    tensors.update({change.name: trained.read(change.name) for change in changes.values() if change.whole})
     order = {name: i for i, name in enumerate(trained.names)}
     listed = tuple(sorted(changes.values(), key=lambda c: order[c.name]))
     modules, unchanged = _target_modules(trained, fitted), len(trained.names) - len(listed)
