@@ -205,7 +205,8 @@ _Members = dict[str, tuple[zipfile.ZipInfo, int]]
 
 def _members(path: Path, data: mmap.mmap) -> _Members:
     """The table of a zip archive."""
-    if data.rfind(b"PK\x05\x06", max(0, len(data) - (1 << 16) - 22)) < 0:
+    end = data.rfind(b"PK\x05\x06", max(0, len(data) - (1 << 16) - 22))
+    if end < 0 or end + 22 > len(data):
         _refuse(f"is truncated ({len(data):,} bytes, the end of the archive is missing); download it again")
     try:
         with _DirectoryFile(path) as file, zipfile.ZipFile(file) as archive:
@@ -251,10 +252,10 @@ def _read_legacy(path: Path, data: mmap.mmap) -> Any:
         _refuse(
             f"can't be read as tensors saved by torch.save (it begins with {data[:8]!r}); check the path, or download it again"
         )
-    if magic != _MAGIC or type(magic) is not int:
+    if type(magic) is not int or magic != _MAGIC:
         _refuse("is a pickle, but not of torch.save, expected tensors; load it where it comes from and save it with torch.save")
     version, system = unpickle(head, names), unpickle(head, names)
-    if version != _VERSION or not isinstance(system, dict):
+    if type(version) is not int or version != _VERSION or not isinstance(system, dict):
         _refuse(f"has another version than {_VERSION} of torch's format; it is damaged")
 
     begin = head.tell()
