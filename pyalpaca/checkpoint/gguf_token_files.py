@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,17 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     """Write the tokenizer of the GGUF file `path` into `folder`; the errors are `read_tokenizer`'s."""
     for name, content in read_tokenizer(path).items():
         (folder / name).write_bytes(content)
+
+
+@contextmanager
+def tokenizer_folder(source: Path) -> Iterator[Path]:
+    """A folder that holds a tokenizer's files: `source` itself, or a temporary one if it is a GGUF file."""
+    if source.is_dir():
+        yield source
+        return
+    with TemporaryDirectory(prefix="pyalpaca-") as folder:
+        write_tokenizer(source, Path(folder))
+        yield Path(folder)
 
 
 def _tokens(path: Path, metadata: Mapping[str, Value], scored: bool) -> list[Token]:

@@ -29,7 +29,7 @@ from pyalpaca.checkpoint.container.sentencepiece_file import (
     read_sentencepiece,
 )
 from pyalpaca.checkpoint.gguf_model import open_gguf, write_gguf
-from pyalpaca.checkpoint.gguf_token_files import read_tokenizer, write_tokenizer
+from pyalpaca.checkpoint.gguf_token_files import read_tokenizer, tokenizer_folder, write_tokenizer
 from pyalpaca.checkpoint.gguf_tokens import OWN_FIELDS, OWN_PIECES, PRE_TOKENIZERS, tokenizer_metadata
 from pyalpaca.data import load_tokenizer
 
@@ -195,6 +195,15 @@ def test_a_tokenizer_of_one_file_is_taken_over_by_another(tmp_path, llama_like):
     assert all(np.array_equal(first[key], second[key]) for key in keys)
     with pytest.raises(ValueError, match=r"m\.gguf: its tokenizer has 345 tokens, but the model 346"):
         tokenizer_metadata(path, 346, {})
+
+
+def test_a_tokenizer_is_lent_as_a_folder_wherever_it_is(tmp_path, llama_like):
+    with tokenizer_folder(llama_like) as folder:
+        assert folder == llama_like
+    with tokenizer_folder(write(tmp_path, llama_like, 340)) as folder:
+        tokenizer = load_tokenizer(folder)
+    assert not folder.exists()
+    assert tokenizer.encode(TEXT) == load_tokenizer(llama_like).encode(TEXT)
 
 
 def test_ids_come_from_the_config_where_no_file_names_them(tmp_path, llama_like):

@@ -24,7 +24,7 @@ PLAIN = {
 }
 """Types whose elements are stored one by one."""
 
-_CHUNK = 1 << 22  # elements computed at once: some 100 MB with all that is needed on the way
+_CHUNK = 1 << 20  # elements computed at once: some 25 MB with all that is needed on the way
 
 
 def type_name(code: int) -> str | None:
