@@ -41,7 +41,7 @@ class Settings:
     """What is measured and how.
 
     peft_scale: of the model that is merged beside peft. work: the folder of everything written. repeats: rounds that count.
-    cache: `warm` or `cold`. halved: each case also once with half the layers. keep: the models stay for the next run.
+    cache: `warm` or `cold`. halved: each case also with half the layers. keep: the models stay for the next run.
     """
 
     scale: Scale

@@ -202,18 +202,21 @@ def _row(name: str, log: Log, peers: Sequence[str], written: int) -> dict[str, A
 
 
 def measure_halved(settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
-    """Run each case once with half the layers and put the memory it takes beside that of the whole model."""
-    stage, log = stages(settings)[1], Log()
+    """Run each case with half the layers, as often as before, and put the memory that it takes beside the whole model's."""
+    stage, out = stages(settings)[1], settings.out
     with model(settings, stage) as folder:
         for name, row in zip(settings.cases, rows, strict=True):
-            case, out = CASES[name], settings.out
-            done = _fresh(settings, log, name, _sources(folder, case), out, partial(_convert, folder, out, case))
-            say(f"{name}: half the layers {done.seconds:.2f} s")
+            case, log = CASES[name], Log()
+            for _ in range(1 + settings.repeats):
+                done = _fresh(settings, log, "ours", _sources(folder, case), out, partial(_convert, folder, out, case))
+                log.add(ours=done.seconds)
+                say(f"{name}: half the layers {done.seconds:.2f} s")
+            memory = log.largest("ours")
             row["half"] = {
                 "layers": stage.scale.num_layers,
-                "seconds": rounded(done.seconds),
+                "seconds": log.median("ours"),
                 "written_bytes": disk.total_size([out]),
-                "peak_bytes": done.memory.own if done.memory else None,
+                "peak_bytes": memory["own"] if memory else None,
             }
             disk.remove(out)
 

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--peft-scale", metavar="SCALE", help="of the model merged beside peft, which holds it in memory (default: at most 1b)")
     add("--repeats", type=int, default=3, metavar="N", help="rounds that count, after one that does not (default: 3)")
     add("--cache", choices=("warm", "cold"), default="warm", help="the sources in the page cache or not (default: warm)")
-    add("--no-half", dest="halved", action="store_false", help="leave out the run with half the layers, for the memory")
+    add("--no-half", dest="halved", action="store_false", help="leave out the runs with half the layers, for the memory")
     add("--keep", action="store_true", help="leave the synthetic models in --work-dir for the next run")
     add("--json", type=Path, metavar="FILE", help="also write the JSON object to a file")
     add("--markdown", type=Path, metavar="FILE", help="also write a page with the results and how they were measured")
