@@ -1,68 +1,38 @@
-"""Files against the table of published sha256: which one it is, which one it should be, or that a hash can't decide."""
+"""Files against the table of published sha256, and weights against a reference: which they are, or in what they differ."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 
 from tqdm import tqdm
 
+from pyalpaca.checkpoint.canonical import Reader
 from pyalpaca.checkpoint.container.tensor_file import check_head
-from pyalpaca.checkpoint.digest import digest
+from pyalpaca.checkpoint.container.torch_file import open_torch_tensors
+from pyalpaca.checkpoint.diff import TensorDiff, diff
+from pyalpaca.checkpoint.digest import combine, tensor_digests
 from pyalpaca.checkpoint.open import open_checkpoint
+from pyalpaca.checkpoint.published import Published, family, model_named, published
+from pyalpaca.checkpoint.resaved import Container, Resaved, container, resaved
 
-_LOOKED_AT = re.compile(r".+\.(pth|bin|safetensors)|tokenizer\.model")
+__all__ = ["Comparison", "Published", "Verdict", "Verification", "compare", "published", "verify"]
+
+_NO_WEIGHTS = r"(?!(training_args|optimizer|scheduler)\.bin$)"
+_LOOKED_AT = re.compile(_NO_WEIGHTS + r".+\.(pth|bin|safetensors)|tokenizer\.model")
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Published:
-    """A row of the table. sha256: hex, or `TBA` where it was announced and never published; `file` is then a pattern."""
-
-    model: str
-    file: str
-    sha256: str
-    kind: str
-
-    @property
-    def announced(self) -> bool:
-        return self.sha256 == "TBA"
-
-
-@dataclass(frozen=True)
-class Container:
-    """What the zip archive that torch.save writes says of its writer: its folder and its records besides the tensors."""
-
-    folder: str
-    version: str
-    byteorder: str
-    records: tuple[str, ...]
-
-    @property
-    def writer(self) -> str:
-        """byteorder and .data/serialization_id came with torch 2.1, the zip archive itself with 1.6."""
-        newer = {"byteorder", ".data/serialization_id"} & set(self.records)
-        return "torch 2.1 or newer" if newer else "torch 1.6 to 2.0, as the published files (1.13)"
-
-    def __str__(self) -> str:
-        said = {"version": f"version {self.version}", "byteorder": f"byteorder {self.byteorder}"}
-        records = ", ".join(said.get(name, name) for name in self.records[:8])  # a strange archive may have thousands
-        text = f"container: folder {self.folder}/ with the records {records}; written by {self.writer}"
-        return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What is known of one file.
 
-    status: `OK`, `UNKNOWN` or `MISMATCH`. found: the row that has its hash; expected: the row whose hash it should have.
+    status: `OK`, `UNKNOWN` or `MISMATCH`. found: the row that has its hash, or the hash of its tensors as another torch saves
+    them; expected: the row whose hash it should have. container: of a file that torch.save wrote, where its hash is in no row.
     """
 
     path: Path
@@ -79,95 +49,88 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Verification:
-    """The verdicts on files, and `problems` of the folder as a whole: a missing shard, shards of several models.
+class Comparison:
+    """A model's tensors against a reference's, A and B in the words of `differing`.
 
-    digest: of the model's content, where the hash of a torch.save file did not match; digest_error: why there is none.
+    tensors: how many the two have. digest, reference_digest: of their contents, see `digest`.
     """
+
+    reference: Path
+    tensors: int
+    differing: tuple[TensorDiff, ...]
+    digest: str
+    reference_digest: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The verdicts on files, and `problems` of the folder as a whole: a missing shard, shards of several models."""
 
     verdicts: tuple[Verdict, ...]
     problems: tuple[str, ...]
-    digest: str | None = None
-    digest_error: str | None = None
+    comparison: Comparison | None = None
 
     @property
     def mismatched(self) -> bool:
-        return bool(self.problems) or any(v.status == "MISMATCH" for v in self.verdicts)
+        differs = self.comparison is not None and bool(self.comparison.differing)
+        return differs or bool(self.problems) or any(v.status == "MISMATCH" for v in self.verdicts)
 
     @property
     def ok(self) -> bool:
-        """Every weight file has a published hash. The table knows few tokenizers: another one beside weights is no failure."""
+        """Nothing is wrong, and every weight file has a published hash, or the weights are the reference's.
+
+        The table knows few tokenizers: another one beside weights is no failure.
+        """
         weights = [v for v in self.verdicts if not v.is_tokenizer]
-        return not self.mismatched and all(v.status == "OK" for v in weights or self.verdicts)
+        known = all(v.status == "OK" for v in weights or self.verdicts)
+        return not self.mismatched and (known or self.comparison is not None)
 
 
-def published() -> tuple[Published, ...]:
-    """The table that ships with the package: 60 published hashes and 4 that were announced only."""
-    lines = files("pyalpaca.checkpoint").joinpath("data", "sha256.tsv").read_text(encoding="utf-8").splitlines()
-    return tuple(Published(*line.split("\t")) for line in lines[1:])
+@dataclass(frozen=True)
+class _Seen:
+    """A file with its hash. shapes: of the tensors that torch.save wrote to it; fault: why it can't be read."""
+
+    path: Path
+    sha256: str
+    found: Published | None = None
+    container: Container | None = None
+    resaved: Resaved | None = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    fault: str = ""
 
 
-def verify(path: str | Path, model: str | None = None) -> Verification:
+def verify(path: str | Path, model: str | None = None, reference: Reader | None = None) -> Verification:
     """Compare a file, or the weight and tokenizer files of a folder, with the table.
 
-    model: which one of the table it should be, in any case of letters.
-    Raises ValueError or FileNotFoundError for a path without such files and a model that is not in the table.
+    A file whose hash is not in it, but would be if another torch had saved the same tensors, holds the published weights.
+    model: which one of the table it should be, in any case of letters. reference: weights that those of the folder (or of the
+    file's folder) are compared with, tensor by tensor.
+    Raises ValueError or FileNotFoundError for a path without such files, a model that is not in the table, and a folder that
+    can't be opened to compare it.
     """
     where, table = Path(path), published()
-    asked = _model(model, table) if model is not None else None
+    asked = model_named(model, table) if model is not None else None
     paths = _files(where)
-    sums = _sums(paths)
-    by_hash = {row.sha256: row for row in table if not row.announced}
-    found = [by_hash.get(s) for s in sums]
-    models = {asked} if asked else {row.model for row in found if row and row.kind != "tokenizer"}
-    rows = [row for row in table if _possible(row, models, {row.model for row in found if row and row.kind == "tokenizer"})]
-    verdicts = tuple(_judge(p, s, row, rows, table, models) for p, s, row in zip(paths, sums, found, strict=True))
+    opened = open_checkpoint(where if where.is_dir() else where.absolute().parent) if reference is not None else None
+    seen = [_look(p, s, table) for p, s in zip(paths, _sums(paths), strict=True)]
+    known = {s.found.model for s in seen if s.found and s.found.kind != "tokenizer"}
+    tokenizers = {s.found.model for s in seen if s.found and s.found.kind == "tokenizer"}
+    models = {asked} if asked else known
+    rows = [row for row in table if _possible(row, models, tokenizers)]
+    verdicts = tuple(_judge(s, rows, table, models) for s in seen)
     problems = tuple(_problems(verdicts, models, table)) if where.is_dir() else ()
-    if not any(v.container and v.status != "OK" and not v.path.name.startswith("adapter_model") for v in verdicts):
-        return Verification(verdicts, problems)
-    try:
-        return Verification(verdicts, problems, digest(open_checkpoint(where if where.is_dir() else where.absolute().parent)))
-    except (ValueError, OSError) as error:
-        return Verification(verdicts, problems, digest_error=str(error))
+    return Verification(verdicts, problems, compare(opened, reference) if opened and reference else None)
 
 
-def container(path: Path) -> Container | None:
-    """What a zip archive of torch.save says of its writer; None if it is no zip archive. ValueError if it is damaged."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            folder = names[0].split("/")[0]
-            inside = [name.removeprefix(f"{folder}/") for name in names]
-            records = tuple(sorted(n for n in inside if n != "data.pkl" and not n.startswith("data/")))
-            if "data.pkl" not in inside:
-                raise ValueError("no data.pkl in it, as torch.save writes")
-            said = {}
-            for name in {"version", "byteorder"} & set(records):
-                with archive.open(f"{folder}/{name}") as record:
-                    said[name] = record.read(16).decode("ascii", "replace").strip()
-    except Exception as error:  # a damaged archive raises anything
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(
-            f"{path}: is truncated, damaged or not written by torch.save ({path.stat().st_size} bytes, {reason}); download or "
-            "write it again"
-        ) from None
-    return Container(folder, said.get("version", ""), said.get("byteorder", ""), records)
-
-
-def _model(name: str, table: Sequence[Published]) -> str:
-    """The table's spelling of a model's name; Meta says 30B for 33B."""
-    known = {row.model.lower(): row.model for row in table}
-    key = re.sub(r"\b30b$", "33b", name.strip().lower())
-    if key not in known:
-        near = get_close_matches(key, known, n=3, cutoff=0.5) or list(known)[:3]
-        raise ValueError(
-            f"model {name!r}: not in the table of published hashes; it has {', '.join(known[k] for k in near)} and others, "
-            "in sizes 7B, 13B and 33B"
-        )
-    return known[key]
+def compare(reader: Reader, reference: Reader) -> Comparison:
+    """The tensors of `reader` whose name, shape, dtype or bytes are not those of `reference`, and by how much they differ."""
+    ours, theirs = dict(tensor_digests(reader)), dict(tensor_digests(reference))
+    unlike = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    parts = [replace(r, shapes={name: r.shapes[name] for name in unlike if name in r.shapes}) for r in (reader, reference)]
+    differing = tuple(
+        replace(d, reason="equal as numbers, other bytes (0 and -0, or NaN)") if d.equal else d for d in diff(parts[0], parts[1])
+    )
+    return Comparison(reference.path, len(ours | theirs), differing, combine(ours.values()), combine(theirs.values()))
 
 
 def _files(path: Path) -> list[Path]:
@@ -200,57 +163,89 @@ def _sums(paths: Sequence[Path]) -> list[str]:
     return sums
 
 
-def _family(model: str) -> str:
-    """The name under which the table has the model's tokenizer: Chinese-Alpaca of Chinese-Alpaca-Plus-7B."""
-    return re.sub(r"(-Plus|-Pro)?-\d+B$", "", model)
+def _look(path: Path, sha256: str, table: Sequence[Published]) -> _Seen:
+    """Find a file's hash in the table, or that of its tensors as another torch saves them."""
+    by_hash = {row.sha256: row for row in table if not row.announced}
+    if sha256 in by_hash:
+        return _Seen(path, sha256, by_hash[sha256])
+    try:
+        check_head(path, "the published file")
+        if not _is_torch(path):
+            return _Seen(path, sha256)
+        file = open_torch_tensors(path)
+    except ValueError as error:
+        return _Seen(path, sha256, fault=str(error).removeprefix(f"{path}: "))
+    box = container(path)
+    names = {row.file for row in by_hash.values() if row.may_hold(file.shapes)}
+    own = [name for name in dict.fromkeys((path.name, f"{box.folder}{path.suffix}")) if name in names]
+    met = resaved(file, box, own or sorted(names), by_hash)
+    return _Seen(path, sha256, by_hash[met.sha256] if met else None, box, met, file.shapes)
+
+
+def _is_torch(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(4)
+    return path.suffix in (".pth", ".bin", ".pt") or head == b"PK\3\4" or head[:2] == b"\x80\2"
 
 
 def _possible(row: Published, models: set[str], tokenizers: set[str]) -> bool:
     """Whether a row can be meant: `models` are asked for or recognised by weights, `tokenizers` recognised."""
     if not models:
-        return row.kind == "tokenizer" or not tokenizers or _family(row.model) in tokenizers
-    return row.model in (models if row.kind != "tokenizer" else {_family(m) for m in models})
+        return row.kind == "tokenizer" or not tokenizers or family(row.model) in tokenizers
+    return row.model in (models if row.kind != "tokenizer" else {family(m) for m in models})
 
 
-def _judge(
-    path: Path, sha256: str, found: Published | None, rows: Sequence[Published], table: Sequence[Published], models: set[str]
-) -> Verdict:
+def _judge(seen: _Seen, rows: Sequence[Published], table: Sequence[Published], models: set[str]) -> Verdict:
     """rows: those of the table that can be meant in this folder."""
-    name = path.name
+    path, found, name = seen.path, seen.found, seen.path.name
     alike = [row for row in rows if fnmatchcase(name, row.file)]
+    if not models and seen.shapes is not None:
+        alike = [row for row in alike if row.may_hold(seen.shapes)]
     certain = alike[0] if len(alike) == 1 and not alike[0].announced else None
     asked = " or ".join(sorted(models))
+
+    def verdict(status: str, reason: str) -> Verdict:
+        return Verdict(path, status, seen.sha256, reason, found, None if status == "OK" else certain, seen.container)
+
     if found is not None:
-        what = f"{found.model} {found.file} ({found.kind})"
         if found not in rows:
-            return Verdict(path, "MISMATCH", sha256, f"is {what}, expected that of {asked}", found, certain)
+            return verdict("MISMATCH", f"is {found}, expected that of {asked}")
         if name != found.file and any(fnmatchcase(name, row.file) for row in table):
-            return Verdict(path, "MISMATCH", sha256, f"is {what} under another name", found, certain)
-        return Verdict(path, "OK", sha256, what, found)
-    try:
-        check_head(path, "the published file")
-        box = container(path)
-    except ValueError as error:
-        return Verdict(path, "MISMATCH", sha256, str(error).removeprefix(f"{path}: "), expected=certain)
+            return verdict("MISMATCH", f"is {found} under another name")
+        how = f" {seen.resaved.differences}: its tensors are those published" if seen.resaved else ""
+        return verdict("OK", f"{found}{how}")
+    if seen.fault:
+        return verdict("MISMATCH", seen.fault)
     if certain is not None:
-        told = "" if models else ", the only model left that has such a file"
-        reason = f"expected {certain.model} {certain.file} ({certain.kind}) with the sha256 {certain.sha256}{told}"
-    else:
-        reason = _why_unknown(name, alike, asked)
-    if path.suffix == ".pth" and box is None:
-        reason += "; it is no zip archive, so torch before 1.6 wrote it, or something else than torch"
-    return Verdict(path, "MISMATCH" if certain else "UNKNOWN", sha256, reason, expected=certain, container=box)
+        return verdict("MISMATCH", _why_mismatch(certain, seen, "" if models else ", the only model left that has such a file"))
+    return verdict("UNKNOWN", _why_unknown(seen, alike, asked))
 
 
-def _why_unknown(name: str, alike: Sequence[Published], asked: str) -> str:
+def _why_mismatch(expected: Published, seen: _Seen, told: str) -> str:
+    reason = f"expected {expected} with the sha256 {expected.sha256}{told}"
+    if seen.shapes is None:
+        return reason
+    if not expected.may_hold(seen.shapes):
+        return f"{reason}: its weights differ, they have other names or shapes"
+    if expected.kind == "merged-pth":  # known to be of torch 1.13, on the CPU; who saved the others, and how, is not
+        return f"{reason}: no torch gives its tensors that sha256, its weights differ from those published"
+    return (
+        f"{reason}: no torch from 1.13 on gives its tensors that sha256, its weights differ from those published, or those were "
+        "saved from a GPU or by an older torch"
+    )
+
+
+def _why_unknown(seen: _Seen, alike: Sequence[Published], asked: str) -> str:
     never = ", ".join(row.model for row in alike if row.announced)
-    reason = "the hash is not in the table"
+    other = ", nor would it be if another torch had saved the file" if seen.shapes is not None else ""
+    reason = f"the hash is not in the table{other}"
     if alike and all(row.announced for row in alike):
         return f"{reason}: that of {never} was announced (TBA) and never published"
     if not alike:
-        return f"{reason}, which has no {name}" + (f" of {asked}" if asked else "")
+        what = seen.path.name + (" with such tensors" if seen.shapes is not None else "")
+        return f"{reason}, which has no {what}" + (f" of {asked}" if asked else "")
     more = f"; those of {never} were announced (TBA) and never published" if never else ""
-    return f"{reason}, which has {name} of {len(alike)} models: --model NAME says which hash to expect{more}"
+    return f"{reason}, which has {seen.path.name} of {len(alike)} models: --model NAME says which hash to expect{more}"
 
 
 def _problems(verdicts: Sequence[Verdict], models: set[str], table: Sequence[Published]) -> list[str]:

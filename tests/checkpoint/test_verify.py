@@ -1,4 +1,4 @@
-"""Files against the published hashes: recognised, refused, or honestly undecided."""
+"""Files against the published hashes: recognised in any container, refused, or unknown; and weights against a reference."""
 
 from __future__ import annotations
 
@@ -8,14 +8,26 @@ import json
 import re
 import subprocess
 import sys
-import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
-from checkpoint_makers import make_adapter, make_hf, model
+import torch
+from checkpoint_makers import CONFIG, make_adapter, make_hf, model, tensors
+from safetensors.torch import load_file, save_file
 
 from pyalpaca import cli
-from pyalpaca.checkpoint import Published, digest, open_checkpoint, published, verify, write_meta
+from pyalpaca.checkpoint import (
+    SIZES,
+    Published,
+    convert,
+    digest,
+    memory_reader,
+    open_checkpoint,
+    published,
+    size_by_name,
+    verify,
+    write_meta,
+)
 
 MODULE = importlib.import_module("pyalpaca.checkpoint.verify")
 
@@ -32,18 +44,10 @@ def status(capsys, *arguments):
     return (end.value.code, *capsys.readouterr())
 
 
-def as_torch_1_13(path):
-    """Rewrite what torch.save wrote without the records that torch 1.13 did not know."""
-    with zipfile.ZipFile(path) as archive:
-        kept = {n: archive.read(n) for n in archive.namelist() if re.search(r"/(data\.pkl|data/\d+|version)$", n)}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in kept.items():
-            archive.writestr(name, data)
-
-
 @pytest.fixture
 def shards(tmp_path):
-    write_meta(model(), tmp_path / "pth", num_shards=2)
+    """Two shards, as torch 1.13 writes them."""
+    write_meta(model(), tmp_path / "pth", num_shards=2, container="torch1.13")
     return tmp_path / "pth"
 
 
@@ -53,16 +57,25 @@ def table(monkeypatch, tmp_path, shards):
     (shards / "tokenizer.model").write_bytes(b"the pieces of Tiny")
     adapter = make_adapter(tmp_path / "adapter")
     rows = [
-        Published("Tiny-13B", "consolidated.00.pth", sha256(shards / "consolidated.00.pth"), "base-pth"),
-        Published("Tiny-13B", "consolidated.01.pth", sha256(shards / "consolidated.01.pth"), "base-pth"),
+        Published("Tiny-13B", "consolidated.00.pth", sha256(shards / "consolidated.00.pth"), "merged-pth"),
+        Published("Tiny-13B", "consolidated.01.pth", sha256(shards / "consolidated.01.pth"), "merged-pth"),
         Published("Tiny", "tokenizer.model", sha256(shards / "tokenizer.model"), "tokenizer"),
         Published("Tiny-Plus-7B", "adapter_model.bin", sha256(adapter / "adapter_model.bin"), "lora"),
         Published("Other", "tokenizer.model", "0" * 64, "tokenizer"),
-        Published("Other-7B", "consolidated.00.pth", "1" * 64, "merged-pth"),
+        Published("Other-7B", "consolidated.00.pth", "1" * 64, "base-pth"),
         Published("Other-Pro-7B", "consolidated.*.pth", "TBA", "merged-pth"),
     ]
     monkeypatch.setattr(MODULE, "published", lambda: tuple(rows))
+    for size in ("7B", "13B"):
+        monkeypatch.setitem(SIZES, size, replace(SIZES[size], hidden_size=CONFIG.hidden_size))
     return rows
+
+
+def save_again(path, change=lambda made: None, **how):
+    """Load a file and save it with the torch that is here."""
+    made = torch.load(path)
+    change(made)
+    torch.save(made, path, **how)
 
 
 def verdicts(report):
@@ -93,8 +106,8 @@ def test_a_published_folder_is_ok(table, shards, capsys):
     code, out, err = status(capsys, "verify", shards)
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "OK        consolidated.00.pth: Tiny-13B consolidated.00.pth (base-pth)",
-        "OK        consolidated.01.pth: Tiny-13B consolidated.01.pth (base-pth)",
+        "OK        consolidated.00.pth: Tiny-13B consolidated.00.pth (merged-pth)",
+        "OK        consolidated.01.pth: Tiny-13B consolidated.01.pth (merged-pth)",
         "OK        tokenizer.model: Tiny tokenizer.model (tokenizer)",
     ]
     assert status(capsys, "verify", shards, "--model", "tiny-13b")[0] == 0
@@ -120,7 +133,7 @@ def test_what_the_others_are_says_what_a_changed_shard_should_be(table, shards, 
     change(shards / "consolidated.01.pth")
     code, out, _ = status(capsys, "verify", shards)
     assert code == 1
-    assert "MISMATCH  consolidated.01.pth: expected Tiny-13B consolidated.01.pth (base-pth) with the sha256" in out
+    assert "MISMATCH  consolidated.01.pth: expected Tiny-13B consolidated.01.pth (merged-pth) with the sha256" in out
     assert table[1].sha256 in out
     assert f"sha256 {sha256(shards / 'consolidated.01.pth')}" in out
 
@@ -134,7 +147,7 @@ def test_the_model_that_is_asked_for_says_what_is_expected(table, shards):
 def test_a_published_file_of_another_model_than_asked(table, shards):
     report = verify(shards, "Other-7B")
     assert set(verdicts(report).values()) == {"MISMATCH"}
-    assert report.verdicts[0].reason == "is Tiny-13B consolidated.00.pth (base-pth), expected that of Other-7B"
+    assert report.verdicts[0].reason == "is Tiny-13B consolidated.00.pth (merged-pth), expected that of Other-7B"
 
 
 def test_shards_that_changed_names(table, shards):
@@ -143,13 +156,13 @@ def test_shards_that_changed_names(table, shards):
     (shards / "x").rename(shards / "consolidated.01.pth")
     report = verify(shards)
     assert verdicts(report)["consolidated.00.pth"] == "MISMATCH"
-    assert "is Tiny-13B consolidated.01.pth (base-pth) under another name" in report.verdicts[0].reason
+    assert "is Tiny-13B consolidated.01.pth (merged-pth) under another name" in report.verdicts[0].reason
 
 
 def test_a_missing_shard_and_shards_of_two_models(table, shards, capsys):
-    table[1] = Published("Other-13B", "consolidated.01.pth", table[1].sha256, "base-pth")
+    table[1] = Published("Other-13B", "consolidated.01.pth", table[1].sha256, "merged-pth")
     assert verify(shards).problems == ("the files are of several models: Other-13B, Tiny-13B",)
-    table[1] = Published("Tiny-13B", "consolidated.01.pth", table[1].sha256, "base-pth")
+    table[1] = Published("Tiny-13B", "consolidated.01.pth", table[1].sha256, "merged-pth")
     (shards / "consolidated.01.pth").unlink()
     code, out, _ = status(capsys, "verify", shards)
     assert code == 1 and "MISMATCH  consolidated.01.pth of Tiny-13B is missing" in out
@@ -172,34 +185,102 @@ def test_a_hash_that_was_never_published(table, shards):
     assert "that of Other-Pro-7B was announced (TBA) and never published" in report.verdicts[0].reason
 
 
-def test_the_same_weights_in_another_container_have_the_same_digest(table, shards, capsys):
+@pytest.mark.parametrize(
+    "how, writer",
+    [({}, "torch 2.7 or newer"), ({"_use_new_zipfile_serialization": False}, "torch before 1.6")],
+)
+def test_published_weights_that_another_torch_saved_are_ok(table, shards, how, writer, capsys):
     for name in ("consolidated.00.pth", "consolidated.01.pth"):
-        as_torch_1_13(shards / name)
-    code, out, _ = status(capsys, "verify", shards, "--model", "Tiny-13B")
-    assert code == 1
-    assert "container: folder consolidated.00/ with the records version 3; written by torch 1.6 to 2.0" in out
-    assert "the hash can't\ndecide" in out and f"digest {digest(model())}\n" in out
+        save_again(shards / name, **how)
+    code, out, err = status(capsys, "verify", shards)
+    assert (code, err) == (0, "")
+    said = f"(merged-pth) in the container of {writer}: its tensors are those published"
+    assert out.splitlines()[:2] == [f"OK        consolidated.0{i}.pth: Tiny-13B consolidated.0{i}.pth {said}" for i in (0, 1)]
+    report = verify(shards, "Tiny-13B")
+    assert report.ok and [v.found for v in report.verdicts] == table[:3] and report.verdicts[0].sha256 != table[0].sha256
 
 
-def test_the_container_of_a_newer_torch_is_told(shards, capsys):
-    code, out, _ = status(capsys, "verify", shards, "--model", "chinese-alpaca-plus-13B")
-    assert code == 1 and out.count("MISMATCH") == 2
-    assert "byteorder little" in out and ".data/serialization_id" in out and "version 3; written by torch 2.1 or newer" in out
-    assert f"digest {digest(open_checkpoint(shards))}\n" in out
+@pytest.mark.parametrize("container", ["torch2.1", "torch2.7"])
+def test_a_merge_of_ours_in_any_container_is_ok(table, tmp_path, container):
+    write_meta(model(), tmp_path / "merged", num_shards=2, container=container)
+    assert verify(tmp_path / "merged").ok
 
 
-def test_no_digest_without_the_rest_of_the_model(shards, capsys):
-    (shards / "params.json").unlink()
+def test_weights_saved_again_say_what_the_others_should_be(table, shards):
+    save_again(shards / "consolidated.00.pth")
+    change(shards / "consolidated.01.pth")
+    report = verify(shards)
+    assert verdicts(report) == {"consolidated.00.pth": "OK", "consolidated.01.pth": "MISMATCH", "tokenizer.model": "OK"}
+    assert report.verdicts[1].expected == table[1]
+    assert "is Tiny-13B" in verify(shards, "Other-7B").verdicts[0].reason
+
+
+def test_weights_saved_again_under_other_names(table, shards, tmp_path):
+    made = torch.load(shards / "consolidated.01.pth")
+    for name in ("mine.pth", "mine.pt", "mine"):
+        torch.save(made, tmp_path / name)
+        verdict = verify(tmp_path / name).verdicts[0]
+        assert (verdict.status, verdict.found) == ("OK", table[1])
+    save_again(shards / "consolidated.01.pth")
+    (shards / "consolidated.01.pth").rename(shards / "consolidated.00.pth")
+    verdict = verify(shards).verdicts[0]
+    assert (verdict.status, verdict.reason) == ("MISMATCH", "is Tiny-13B consolidated.01.pth (merged-pth) under another name")
+
+
+def test_an_adapter_saved_again(table, tmp_path):
+    save_again(tmp_path / "adapter" / "adapter_model.bin")
+    assert verify(tmp_path / "adapter", "Tiny-Plus-7B").ok
+
+
+def test_a_weight_that_differs_is_told_from_another_container(table, shards, capsys):
+    save_again(shards / "consolidated.01.pth", lambda made: made["norm.weight"].add_(1))
     code, out, _ = status(capsys, "verify", shards)
-    assert code == 1 and "No content digest: " in out and "params.json: not found" in out
+    assert code == 1
+    assert f"with the sha256 {table[1].sha256}: no torch gives its tensors that sha256, its weights differ from those" in out
+    assert "Which tensors differ is said by --reference BASE" in out
+    table[1] = replace(table[1], kind="base-pth")
+    assert "or those were saved from a GPU or by an older torch" in verify(shards, "Tiny-13B").verdicts[1].reason
+
+
+def test_other_shapes_than_the_published_are_said(table, shards, capsys):
+    table[0] = replace(table[0], model="LLaMA-13B")  # of 32,000 pieces
+    save_again(shards / "consolidated.00.pth", lambda made: made.update(extra=torch.ones(1)))
+    assert "its weights differ, they have other names or shapes" in verify(shards, "LLaMA-13B").verdicts[0].reason
+
+
+def test_what_a_file_may_be_is_known_by_its_tensors(monkeypatch):
+    size = size_by_name("7B")
+    layer = {"model.layers.0.mlp.gate_proj.weight": (size.intermediate_size, size.hidden_size)}
+    rows = published()
+
+    def models(shapes):
+        return sorted({row.model for row in rows if row.may_hold(shapes)})
+
+    merged = [f"Chinese-{name}-7B" for name in ("Alpaca", "Alpaca-Plus", "Alpaca-Pro")]
+    assert models(layer) == ["LLaMA-7B"]
+    assert models({**layer, "lm_head.weight": (49954, 4096)}) == []
+    assert models({"tok_embeddings.weight": (49954, 4096)}) == merged
+    assert models({"tok_embeddings.weight": (49954, 2560), "norm.weight": (5120,)}) == [m.replace("7B", "13B") for m in merged]
+    assert models({"base_model.model.model.embed_tokens.weight": (49954, 4096)}) == merged
+    assert models({"tok_embeddings.weight": (55296, 4096)}) == models({"x": (4096,)}) == models({"norm.weight": (64,)}) == []
+
+
+def test_weights_of_no_published_size_are_not_hashed_again(shards, monkeypatch):
+    monkeypatch.setattr("pyalpaca.checkpoint.resaved.raw_bytes", None)
+    verdict = verify(shards / "consolidated.00.pth").verdicts[0]
+    assert verdict.status == "UNKNOWN" and "which has no consolidated.00.pth with such tensors" in verdict.reason
+    report = verify(shards, "chinese-alpaca-plus-13B")
+    assert [v.status for v in report.verdicts] == ["MISMATCH"] * 2
+    assert "they have other names or shapes" in report.verdicts[0].reason
 
 
 def test_files_that_are_no_weights(table, shards, capsys):
     whole = (shards / "consolidated.00.pth").read_bytes()
     damages = {
-        whole[: len(whole) // 2]: "is truncated, damaged or",
-        whole[:4]: "is truncated, damaged or",
-        whole.replace(b"data.pkl", b"data.plk"): "is truncated, damaged or not written by torch.save",
+        whole[: len(whole) // 2]: "is truncated",
+        whole[:4]: "is truncated",
+        b"\x80\x02 an old pickle": "its pickle",
+        whole.replace(b"data.pkl", b"data.plk"): "is a zip archive without data.pkl",
         b"": "is empty",
         b"<!DOCTYPE html>": "is an HTML page",
         b"version https://git-lfs.github.com/spec/v1\n": "is a Git LFS pointer",
@@ -208,9 +289,88 @@ def test_files_that_are_no_weights(table, shards, capsys):
         (shards / "consolidated.00.pth").write_bytes(data)
         code, out, err = status(capsys, "verify", shards)
         assert (code, err) == (1, "")
-        assert f"MISMATCH  consolidated.00.pth: {said}" in out and "digest" not in out
-    (shards / "consolidated.00.pth").write_bytes(b"\x80\x02 an old pickle")
-    assert "it is no zip archive" in verify(shards).verdicts[0].reason
+        assert f"MISMATCH  consolidated.00.pth: {said}" in out and "--reference" not in out
+    torch.save([torch.ones(2)], shards / "consolidated.00.pth")
+    assert verify(shards).verdicts[0].reason.startswith("holds a list, expected a dict of tensors")
+
+
+def test_what_a_trainer_writes_beside_the_weights_is_not_looked_at(table, shards):
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin"):
+        torch.save(object, shards / name)
+    assert verify(shards).ok
+
+
+def as_hf(folder, change):
+    """The model of `shards` in Hugging Face's layout, its tensors changed."""
+    path = make_hf(folder) / "model.safetensors"
+    made = load_file(path)
+    change(made)
+    save_file(made, path, {"format": "pt"})
+    return folder
+
+
+def test_a_reference_in_another_layout_says_that_the_weights_are_the_same(table, shards, tmp_path, capsys):
+    table[:] = [row for row in table if row.kind == "tokenizer"]
+    assert status(capsys, "verify", shards)[0] == 1  # nothing is known of the weights
+    code, out, err = status(capsys, "verify", shards, "--reference", make_hf(tmp_path / "hf"))
+    assert (code, err) == (0, "")
+    assert f"OK        the weights, 30 tensors, are byte for byte those of {tmp_path / 'hf'}\n" in out
+    assert f"digest {digest(model())}\n" in out
+    shard = shards / "consolidated.01.pth"
+    assert status(capsys, "verify", shard, "--reference", tmp_path / "hf")[0] == 0  # its folder is compared
+    change(shard)
+    assert status(capsys, "verify", shard, "--reference", tmp_path / "hf")[0] == 1
+
+
+def test_a_reference_that_is_a_merge_made_anew(table, tmp_path, road, capsys):
+    lora = [road.plus, road.alpaca]
+    convert(road.base, tmp_path / "merged", "meta", lora=lora)
+    names = ",".join(map(str, lora))
+    code, out, _ = status(capsys, "verify", tmp_path / "merged", "--reference", road.base, "--reference-lora", names)
+    assert code == 0 and f"are byte for byte those of {road.base} + {road.plus} + {road.alpaca}\n" in out
+    code, out, _ = status(capsys, "verify", tmp_path / "merged", "--reference", road.base, "--reference-lora", road.plus)
+    assert code == 1 and "model.embed_tokens.weight: shape 154 x 64 in A, 153 x 64 in B\n" in out
+
+
+def test_a_reference_does_not_excuse_what_is_published_otherwise(table, shards, tmp_path):
+    for name in ("consolidated.00.pth", "consolidated.01.pth"):
+        save_again(shards / name, lambda made: made["norm.weight"].add_(1))
+    changed = as_hf(tmp_path / "hf", lambda made: made["model.norm.weight"].add_(1))
+    report = verify(shards, "Tiny-13B", open_checkpoint(changed))
+    assert report.comparison.differing == () and not report.ok
+
+
+def test_the_tensors_that_differ_from_a_reference_are_named(table, shards, tmp_path, capsys):
+    def change(made):
+        made["model.layers.1.mlp.up_proj.weight"][3, 5] += 0.25
+        made["model.layers.2.self_attn.q_proj.weight"][0, 0] *= -1
+        made["model.norm.weight"] = made["model.norm.weight"].float()
+
+    first = tensors()["model.layers.2.self_attn.q_proj.weight"][0, 0]
+    code, out, err = status(capsys, "verify", shards, "--reference", as_hf(tmp_path / "hf", change))
+    assert (code, err) == (1, "")
+    *ok, head, up, q, norm = out.splitlines()
+    assert [line[:10] for line in ok] == ["OK        "] * 3
+    assert head == f"MISMATCH  3 of 30 tensors differ, A is what is verified, B is {tmp_path / 'hf'}"
+    assert re.fullmatch(r" {10}model.layers.1.mlp.up_proj.weight: 1 of 6144 values, max abs difference 2\.50.e-01", up)
+    assert q.strip() == f"model.layers.2.self_attn.q_proj.weight: 1 of 4096 values, max abs difference {2 * abs(first):.3e}"
+    assert norm.strip() == "model.norm.weight: dtype float16 in A, float32 in B, max abs difference 0.000e+00"
+
+
+def test_numbers_that_are_equal_in_other_bytes_differ(table, shards, tmp_path):
+    zero = tensors()
+    zero["model.norm.weight"][0] = 0.0
+    write_meta(memory_reader(CONFIG, zero), tmp_path / "zero", num_shards=2)
+    minus = as_hf(tmp_path / "hf", lambda made: made["model.norm.weight"].__setitem__(0, -0.0))
+    [entry] = verify(tmp_path / "zero", reference=open_checkpoint(minus)).comparison.differing
+    assert (entry.name, entry.reason) == ("model.norm.weight", "equal as numbers, other bytes (0 and -0, or NaN)")
+
+
+def test_ten_tensors_are_named_and_the_rest_counted(table, shards, tmp_path, capsys):
+    other = as_hf(tmp_path / "hf", lambda made: [t.add_(1) for t in made.values()])
+    code, out, _ = status(capsys, "verify", shards, "--reference", other)
+    assert code == 1 and out.count("max abs difference 1.") == 10
+    assert out.splitlines()[-1].strip() == "and 20 more"
 
 
 def test_json(table, shards, tmp_path, capsys):
@@ -223,15 +383,26 @@ def test_json(table, shards, tmp_path, capsys):
     said = json.loads(out)
     assert code == 1 and not said["ok"]
     assert said["files"][1]["expected"]["sha256"] == table[1].sha256
-    assert said["files"][1]["container"]["writer"] == "torch 2.1 or newer"
-    assert said["digest"] or said["digest_error"]
+    assert said["files"][1]["container"] == {"form": "torch1.13", "folder": "consolidated.01"}
+    assert said["reference"] is None
+    code, out, _ = status(capsys, "verify", shards, "--json", "--reference", make_hf(tmp_path / "hf"))
+    said = json.loads(out)["reference"]
+    assert code == 1 and (said["reference"], said["tensors"], len(said["differing"])) == (str(tmp_path / "hf"), 30, 1)
+    assert said["digest"] != said["reference_digest"] == digest(model())
+    assert said["differing"][0].keys() == {"tensor", "reason", "max_difference"}
 
 
 def test_bad_input_is_status_2(tmp_path, shards, capsys):
+    bare = tmp_path / "pth" / "bare" / "adapter.pth"
+    bare.parent.mkdir()
+    torch.save({}, bare)
     for arguments, said in (
         ([tmp_path / "nowhere"], "nowhere: not found"),
         ([tmp_path], "no weight or tokenizer file in it (it holds pth)"),
         ([shards, "--model", "chinese-alpaka-7b"], "not in the table of published hashes; it has Chinese-Alpaca-7B"),
+        ([shards, "--reference", tmp_path / "nowhere"], "nowhere: not found, expected a checkpoint folder"),
+        ([shards, "--reference-lora", "a,b"], "--reference-lora: no --reference was given"),
+        ([bare, "--reference", shards], "bare: no checkpoint recognised (it holds adapter.pth)"),
     ):
         code, out, err = status(capsys, "verify", *arguments)
         assert (code, out) == (2, "") and said in err and err.count("\n") == 1
