@@ -22,6 +22,7 @@ from pyalpaca.checkpoint.adapter import is_adapter as is_adapter
 from pyalpaca.checkpoint.adapter import write_adapter as write_adapter
 from pyalpaca.checkpoint.canonical import Reader
 from pyalpaca.checkpoint.container.tensor_file import Piece
+from pyalpaca.checkpoint.published import published
 from pyalpaca.model import parameters, whole_slice
 from pyalpaca.ops import lora_merge
 
@@ -222,8 +223,6 @@ def _published_as(adapter: Adapter) -> str | None:
     """The name under which an adapter file was published, known by its sha256; all of those hold embeddings."""
     if adapter.file.path.suffix != ".bin" or "model.embed_tokens.weight" not in adapter.full:
         return None
-    from pyalpaca.checkpoint.verify import published  # which imports the door in, which imports this module
-
     known = {row.sha256: row.model for row in published() if row.kind == "lora"}
     total = hashlib.sha256()
     with adapter.file.path.open("rb") as file:

@@ -6,10 +6,10 @@ not repeated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -175,10 +175,8 @@ def test_weights_of_an_earlier_run_are_not_mixed_in(road, tmp_path, refused, of)
 @pytest.fixture
 def known(road, monkeypatch):
     """Publishes adapters: known(folder, name)."""
-    import hashlib
-
     rows = []
-    monkeypatch.setattr(sys.modules["pyalpaca.checkpoint.verify"], "published", lambda: tuple(rows))
+    monkeypatch.setattr("pyalpaca.checkpoint.lora.published", lambda: tuple(rows))
 
     def publish(folder, name):
         file = folder / "adapter_model.bin"
