@@ -17,8 +17,6 @@ from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
 from pyalpaca.checkpoint.adapter import CONFIG, Adapter, open_adapter
-from pyalpaca.checkpoint.adapter import canonical_key as canonical_key
-from pyalpaca.checkpoint.adapter import is_adapter as is_adapter
 from pyalpaca.checkpoint.adapter import write_adapter as write_adapter
 from pyalpaca.checkpoint.canonical import Reader
 from pyalpaca.checkpoint.container.tensor_file import Piece
