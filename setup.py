@@ -31,7 +31,14 @@ TESTED_TORCH = "torch==2.13.0"
 OLDEST_SETUPTOOLS = 77  # knows licences by name
 BUILD_INFO = "_C.build.json"
 BUILD_TOOLS = ("cmake", "ninja", "pybind11")
-DEPENDENCIES = ["numpy>=1.23", "sentencepiece>=0.1.99", "safetensors>=0.4", "tqdm>=4.60", "tomli>=2; python_version < '3.11'"]
+DEPENDENCIES = [
+    "numpy>=1.23",
+    "sentencepiece>=0.1.99",
+    "safetensors>=0.4",
+    "gguf>=0.17",
+    "tqdm>=4.60",
+    "tomli>=2; python_version < '3.11'",
+]
 
 
 @dataclass(frozen=True)

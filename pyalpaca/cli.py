@@ -31,6 +31,7 @@ _COMMANDS = (
     ),
     ("Weights", "convert", "pyalpaca.commands.convert", "any checkpoint layout to any other"),
     ("Weights", "merge", "pyalpaca.commands.merge", "merge LoRA adapters into a base model"),
+    ("Weights", "extract", "pyalpaca.commands.extract", "a LoRA adapter out of a run or of the difference to a base"),
     ("Weights", "digest", "pyalpaca.commands.digest", "one content digest for the same weights in every layout"),
     ("Weights", "verify", "pyalpaca.commands.verify", "files against the published sha256"),
     ("Weights", "diff", "pyalpaca.commands.diff", "how far apart two checkpoints are, tensor by tensor"),
@@ -38,6 +39,7 @@ _COMMANDS = (
     ("Text", "merge-tokenizers", "pyalpaca.commands.merge_tokenizers", "extend a SentencePiece vocabulary by another"),
     ("Training", "train", "pyalpaca.train.run", "fine-tune on one or many devices (under torchrun)"),
     ("Training", "report", "pyalpaca.report", "compare the losses of two runs step by step and draw them"),
+    ("Measuring", "bench", "pyalpaca.commands.bench", "benchmarks, beside their peers and this machine's limits"),
     ("Talking", "generate", "pyalpaca.generate.run", "answer prompts with a model in any layout"),
 )
 

@@ -204,9 +204,6 @@ def check_output(out: str | Path, weights: str) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: is a file, expected a folder or nothing; choose another output folder")
     refuse_mixing(path, (CONFIG, _FILES[weights]))
-    for kind, name in _FILES.items():
-        if kind != weights and (path / name).exists():
-            raise ValueError(f"{path / name}: belongs to another adapter; remove it or choose a new folder")
 
 
 def write_adapter(

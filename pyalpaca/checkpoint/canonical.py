@@ -23,7 +23,7 @@ class Reader:
     fetch: (name, piece) -> tensor; use `read`. What it returns may be a view of the mapped file: not to be changed in place.
     tokenizer: the folder that holds the tokenizer files, if any.
     fields: the config.json that came with it, fields we don't know included; empty where there was none.
-    files: canonical name -> file name, for Hugging Face folders.
+    files: canonical name -> file name, for Hugging Face folders; in the files' own order.
     """
 
     layout: str
@@ -98,14 +98,23 @@ def memory_reader(
 
 
 def cast(reader: Reader, dtype: torch.dtype | None) -> Reader:
-    """A view of `reader` with every tensor in `dtype`; None changes nothing."""
+    """A view of `reader` with every tensor in `dtype`; None changes nothing.
+
+    Reading raises ValueError where a finite value becomes infinite: what is beyond 65504 has no place in float16.
+    """
     if dtype is None:
         return reader
-    return replace(
-        reader,
-        dtypes=dict.fromkeys(reader.shapes, dtype),
-        fetch=lambda name, piece: reader.fetch(name, piece).to(dtype),
-    )
+
+    def fetch(name: str, piece: Piece | None) -> Tensor:
+        tensor = reader.fetch(name, piece)
+        result = tensor.to(dtype)
+        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and bool((result.isinf() & tensor.isfinite()).any()):
+            raise ValueError(
+                f"{reader.path}: {name} holds {tensor.abs().max():g}, more than {dtype_name(dtype)} can; choose another dtype"
+            )
+        return result
+
+    return replace(reader, dtypes=dict.fromkeys(reader.shapes, dtype), fetch=fetch)
 
 
 def join(dim: int, parts: Sequence[tuple[int, Callable[[Piece | None], Tensor]]], piece: Piece | None) -> Tensor:

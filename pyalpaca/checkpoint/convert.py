@@ -26,7 +26,8 @@ _QUANTIZED = [kind for kind in GGUF_TYPES if kind not in _GGUF_DTYPES.values()]
 class Output:
     """How a model is to be written; what a layout has no use for is ignored.
 
-    dtype: of all tensors; None: as they are; gguf also `q8_0` and `q4_0`. tp, pp, dialect, merge_mlp, divisible_by, padding: megatron and deepspeed.
+    dtype: of all tensors; None: as they are; gguf also `q8_0` and `q4_0`.
+    tp, pp, dialect, merge_mlp, divisible_by, padding: megatron and deepspeed.
     weights, max_shard_size: hf. num_shards: meta; None: as Meta published that size. container: of files as torch.save's.
     """
 
@@ -97,16 +98,18 @@ def convert(
 def plan_merge(base: str | Path, lora: Sequence[str | Path], output: Output) -> Plan:
     """The merge of adapters into `base`, as `hf` or `meta`; a base in .bin gives .bin, cut as the base is, else safetensors.
 
-    Raises ValueError or FileNotFoundError, one sentence.
+    The tensors keep the order that they have in a .bin base, as in the original merge: older releases of transformers have
+    another one than today's, and it is part of the hash of a file. Raises ValueError or FileNotFoundError, one sentence.
     """
     if output.layout not in ("hf", "meta"):
         raise ValueError(f"layout {output.layout!r} is not one of hf, meta; use `pyalpaca convert --lora` for others")
     if not lora:
         raise ValueError("no adapter given to merge; name at least one")
     reader = open_checkpoint(base, lora=lora)
-    if output.layout == "meta":
-        return plan_conversion(reader, output)
     weights = "bin" if any(name.endswith(".bin") for name in reader.files.values()) else "safetensors"
+    if output.layout == "meta":
+        order = list(reader.files) if weights == "bin" else ()
+        return plan_meta(reader, num_shards=output.num_shards, container=output.container, order=order)
     return plan_hf(reader, weights=weights, files=reader.files, container=output.container)
 
 

@@ -38,7 +38,13 @@ def open_hf(path: Path, vocab_size: int | None = None) -> Reader:
     files = {name: open_tensors(path / name) for name in _shard_names(path)}
     num_tensors = sum(len(file.shapes) for file in files.values())
     config = parse_config(path / "config.json", lambda: config_from_hf(fields), num_tensors)
-    weight_map = {key: name for name, file in files.items() for key in file.shapes if not key.endswith("rotary_emb.inv_freq")}
+    weight_map: dict[str, str] = {}
+    for name, file in files.items():
+        for key in file.shapes:
+            if key in weight_map:
+                raise ValueError(f"{path / name}: {key} is in {weight_map[key]} too; the files are of two models, remove one's")
+            if not key.endswith("rotary_emb.inv_freq"):
+                weight_map[key] = name
     if config.tie_embeddings:
         weight_map.pop("lm_head.weight", None)
     found = {key: files[name].shapes[key] for key, name in weight_map.items()}
@@ -66,7 +72,7 @@ def open_hf(path: Path, vocab_size: int | None = None) -> Reader:
         fetch=lambda name, piece: files[weight_map[name]].read(name, piece),
         tokenizer=tokens.find(path),
         fields=fields,
-        files={name: weight_map[name] for name in shapes},
+        files={name: file for name, file in weight_map.items() if name in shapes},
     )
 
 
@@ -162,14 +168,15 @@ def plan_hf(
     """A Hugging Face folder: weights, index, config.json, generation_config.json and tokenizer files.
 
     weights: `safetensors` or `bin`. container: of .bin files, which torch.save's layout they follow.
-    files: {name: file name}, to lay the tensors out as another folder does; otherwise shards of at most `max_shard_size`.
+    files: {name: file name}, to lay the tensors out as another folder does, in its order; otherwise shards of at most
+    `max_shard_size`.
     """
     if weights not in KINDS:
         raise ValueError(f"weights {weights!r} are not one of {', '.join(KINDS)}")
     place = dict(files) if files else plan_shards(reader, weights, max_shard_size)
     layouts = []
     for file in sorted(set(place.values()), key=natural_key):
-        specs = {name: (reader.shapes[name], reader.dtypes[name]) for name in reader.names if place[name] == file}
+        specs = {name: (reader.shapes[name], reader.dtypes[name]) for name in place if place[name] == file}
         layouts.append(safetensors_layout(file, specs) if weights == "safetensors" else torch_layout(file, specs, container))
     index = f"{KINDS[weights]}.{weights}.index.json"
     sharded = [file.name for file in layouts] != [f"{KINDS[weights]}.{weights}"]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
 from pyalpaca.checkpoint.adapter import CONFIG, Adapter, open_adapter
-from pyalpaca.checkpoint.adapter import write_adapter as write_adapter
 from pyalpaca.checkpoint.canonical import Reader
 from pyalpaca.checkpoint.container.tensor_file import Piece
 from pyalpaca.checkpoint.published import published

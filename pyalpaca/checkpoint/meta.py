@@ -23,7 +23,7 @@ from pyalpaca.checkpoint.container.torch_file import open_tensors
 from pyalpaca.checkpoint.container.torch_layout import DEFAULT_CONTAINER, torch_layout
 from pyalpaca.checkpoint.plan import Checksums, Made, Plan, Step, execute
 from pyalpaca.checkpoint.sizes import size_of
-from pyalpaca.model import LlamaConfig, config_from_meta, cut, natural_key, parameters, whole_slice
+from pyalpaca.model import LlamaConfig, config_from_meta, config_to_meta, cut, natural_key, parameters, whole_slice
 
 SHARDS = re.compile(r"consolidated\.(\d+)\.pth")
 _ENDS = {
@@ -31,6 +31,8 @@ _ENDS = {
     "model.norm.weight": ("norm.weight", None),
     "lm_head.weight": ("output.weight", 0),
 }
+_BY_ROWS = ("tok_embeddings.weight", 0)
+"""How LLaMA 3's embedding is cut."""
 _LAYER = {
     "self_attn.q_proj": ("attention.wq", 0),
     "self_attn.k_proj": ("attention.wk", 0),
@@ -97,14 +99,16 @@ def open_meta(path: Path) -> Reader:
     _check_count(path, config, shards)
     dims = {p.name: meta_name(p.name) for p in parameters(config)}
     if shards[0].shapes["tok_embeddings.weight"][1] == config.hidden_size and len(shards) > 1:
-        dims["model.embed_tokens.weight"] = ("tok_embeddings.weight", 0)  # Meta cuts LLaMA 3's embedding by rows
-    _check_keys(shards, {meta for meta, _ in dims.values()})
+        dims["model.embed_tokens.weight"] = _BY_ROWS
+    _check_keys(shards, {meta for meta, _ in dims.values()} | ({"output.weight"} if config.tie_embeddings else set()))
     found = {
         name: joined_shape(path, meta, [(s.shapes[meta], s.dtypes[meta]) for s in shards], dim)
         for name, (meta, dim) in dims.items()
     }
     shapes = check_shapes(path, config, found, f"the {len(shards)} shards and params.json must be of the same model")
     _check_replicas(shards, [meta for meta, dim in dims.values() if dim is None])
+    if config.tie_embeddings:
+        _check_tied(shards, by_rows=dims["model.embed_tokens.weight"] == _BY_ROWS)
 
     def fetch(name: str, piece: Piece | None) -> Tensor:
         meta, dim = dims[name]
@@ -126,11 +130,12 @@ def open_meta(path: Path) -> Reader:
 def _check_count(path: Path, config: LlamaConfig, shards: list[TensorFile]) -> None:
     """ValueError if the rows of q in all shards are not the model's: the most telling sign of a missing shard."""
     rows = [s.shapes["layers.0.attention.wq.weight"][0] for s in shards]
-    if sum(rows) != config.hidden_size:
-        needed = f", {config.hidden_size // rows[0]} shards" if rows[0] and config.hidden_size % rows[0] == 0 else ""
+    expected = config.num_heads * config.head_dim
+    if sum(rows) != expected:
+        needed = f", {expected // rows[0]} shards" if rows[0] and expected % rows[0] == 0 else ""
         raise ValueError(
             f"{path}: {len(shards)} shard{'s' * (len(shards) > 1)} with {sum(rows)} rows of attention.wq found, params.json "
-            f"expects {config.hidden_size} rows{needed}; download the missing shards"
+            f"expects {expected} rows{needed}; download the missing shards"
         )
 
 
@@ -157,49 +162,52 @@ def _check_replicas(shards: list[TensorFile], names: list[str]) -> None:
                 )
 
 
+def _check_tied(shards: list[TensorFile], by_rows: bool) -> None:
+    """params.json says that head and embedding are one tensor, but files of this layout hold both."""
+    head = torch.cat([s.read("output.weight", None) for s in shards])
+    embed = torch.cat([s.read("tok_embeddings.weight", None) for s in shards], 0 if by_rows else 1)
+    if not torch.equal(head, embed):
+        raise ValueError(
+            f"{shards[0].path}: output.weight is not tok_embeddings.weight, but params.json says that they are tied; "
+            f"set tie_word_embeddings to false"
+        )
+
+
 def params_json(config: LlamaConfig) -> dict[str, Any]:
     """The fields of params.json, in the order and with the values that the original merge writes.
 
     Only LLaMA 1 has a table entry: its epsilon is the table's; LLaMA 2's same shapes (4096 positions) keep their own.
+    ValueError for a model that params.json can't describe.
     """
     size = size_of(config) if config.max_positions == 2048 else None
-    fields: dict[str, Any] = {
-        "dim": config.hidden_size,
-        "multiple_of": 256,
-        "n_heads": config.num_heads,
-        "n_layers": config.num_layers,
-        "norm_eps": size[1].norm_eps if size else config.norm_eps,
-        "vocab_size": -1,
-    }
-    if config.num_kv_heads != config.num_heads:
-        fields["n_kv_heads"] = config.num_kv_heads
-    if config.rope_theta != 10000.0:
-        fields["rope_theta"] = config.rope_theta
-    return fields
+    return config_to_meta(config, size[1].norm_eps if size else None)
 
 
-def plan_meta(reader: Reader, *, num_shards: int | None = None, container: str = DEFAULT_CONTAINER) -> Plan:
+def plan_meta(
+    reader: Reader, *, num_shards: int | None = None, container: str = DEFAULT_CONTAINER, order: Sequence[str] = ()
+) -> Plan:
     """Meta's layout: shards, params.json and tokenizer files.
 
     num_shards: by default as many as Meta published that size in, 1 for other shapes. container: which torch.save's layout
-    the shards follow. Raises ValueError for a model that this layout can't express or can't cut so.
+    the shards follow. order: canonical names in the order in which the shards hold them, if not Hugging Face's.
+    Raises ValueError for a model that this layout can't express or can't cut so.
     """
     config = reader.config
     size = size_of(config)
     n = num_shards if num_shards is not None else size[1].num_shards if size else 1
     if n < 1:
         raise ValueError(f"a model can't be written in {n} shards; choose at least 1")
-    if config.head_dim * config.num_heads != config.hidden_size:
-        raise ValueError(
-            f"{reader.path}: head_dim {config.head_dim} is not hidden size / heads, which Meta's format presumes; choose another"
-        )
-    if config.rope_scaling is not None:
-        raise ValueError(f"{reader.path}: its rope scaling can't be written in Meta's params.json; choose another format")
+    try:
+        fields = params_json(config)
+    except ValueError as error:
+        raise ValueError(f"{reader.path}: {error}") from None
     heads = config.num_heads, config.num_kv_heads
     for what, total in (("heads", heads[0]), ("key/value heads", heads[1]), ("feed-forward rows", config.intermediate_size)):
         if total % n:
             raise ValueError(f"{reader.path}: {total} {what} can't be cut into {n} shards; choose a number that divides them")
-    table = {p.name: meta_name(p.name) for p in parameters(config)}
+    table = {name: meta_name(name) for name in order or reader.names}
+    if fields["vocab_size"] != -1:
+        table["model.embed_tokens.weight"] = _BY_ROWS
     if config.tie_embeddings:
         table["lm_head.weight"] = meta_name("lm_head.weight")
     source = {name: name if name in reader.shapes else "model.embed_tokens.weight" for name in table}  # of a tied head
@@ -225,7 +233,7 @@ def plan_meta(reader: Reader, *, num_shards: int | None = None, container: str =
 
     def finish(folder: Path, checksums: Checksums) -> None:
         with (folder / "params.json").open("w") as file:
-            json.dump(params_json(config), file)
+            json.dump(fields, file)
         tokens.copy(reader.tokenizer, folder)
 
     layouts = [torch_layout(file, {table[name][0]: spec(name, i) for name in table}, container) for i, file in enumerate(files)]

@@ -11,6 +11,7 @@ _WEIGHTS = re.compile(
     r"|consolidated\.\d+\.pth|params\.json"
     r"|release/.*\.pt|latest_checkpointed_iteration\.txt|latest"
     r"|manifest\.json"
+    r"|adapter_config\.json|adapter_model\.(bin|safetensors)"
 )
 
 

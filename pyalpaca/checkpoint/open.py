@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pyalpaca.checkpoint.adapter import is_adapter
 from pyalpaca.checkpoint.canonical import Reader
+from pyalpaca.checkpoint.container.tensor_file import dtype_name
 from pyalpaca.checkpoint.gguf_model import find_gguf, open_gguf
 from pyalpaca.checkpoint.hf import is_hf, open_hf
 from pyalpaca.checkpoint.lora import merged
@@ -30,6 +31,9 @@ def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_
     if not where.is_dir() and where.suffix != ".gguf":
         raise ValueError(f"{where}: is a file, expected the folder that holds the checkpoint; give {where.parent}")
     reader = _open(where, vocab_size)
+    for name, dtype in reader.dtypes.items():
+        if not dtype.is_floating_point:
+            raise ValueError(f"{where}: {name} is {dtype_name(dtype)}, expected floating-point weights; take another file")
     if vocab_size not in (None, reader.config.vocab_size):
         raise ValueError(
             f"{where}: has a vocabulary of {reader.config.vocab_size}, {vocab_size} was given; leave the vocabulary size out"
@@ -38,9 +42,8 @@ def open_checkpoint(path: str | Path, *, lora: Sequence[str | Path] = (), vocab_
 
 
 def _open(path: Path, vocab_size: int | None) -> Reader:
-    gguf = find_gguf(path)
-    if gguf is not None:
-        return open_gguf(gguf)
+    if path.is_file():
+        return open_gguf(path)
     if find_native(path) is not None:
         return open_native(path)
     if is_meta(path) and is_hf(path):
@@ -51,6 +54,9 @@ def _open(path: Path, vocab_size: int | None) -> Reader:
         return open_hf(path, vocab_size)
     if find_megatron(path) is not None:
         return open_megatron(path, vocab_size)
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return open_gguf(gguf)
     if is_adapter(path):
         raise ValueError(
             f"{path}: is a LoRA adapter, expected a base model; name the base model here and give this folder as the adapter"
@@ -58,5 +64,6 @@ def _open(path: Path, vocab_size: int | None) -> Reader:
     present = ", ".join(sorted(f.name for f in path.iterdir())[:5]) or "nothing"
     raise ValueError(
         f"{path}: no checkpoint recognised (it holds {present}); expected consolidated.NN.pth with params.json, "
-        f"pytorch_model*.bin or model*.safetensors with config.json, latest_checkpointed_iteration.txt, manifest.json, or a .gguf file"
+        f"pytorch_model*.bin or model*.safetensors with config.json, latest_checkpointed_iteration.txt, manifest.json, "
+        f"or a .gguf file"
     )

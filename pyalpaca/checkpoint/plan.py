@@ -109,6 +109,8 @@ def check(plan: Plan, out: str | Path) -> None:
     path = Path(out)
     if path.exists() and path.resolve() == plan.reader.path.resolve():
         raise ValueError(f"{path}: is what is being read; choose another output")
+    if plan.single and path.suffix != Path(plan.files[0].name).suffix:
+        raise ValueError(f"{path}: is to be a file in the layout {plan.layout}, expected a name like {plan.files[0].name}")
     if not plan.single:
         refuse_mixing(path, {*(file.name for file in plan.files), *plan.small})
     require_space(path, plan.size)
@@ -124,7 +126,10 @@ def describe(plan: Plan, out: str | Path) -> str:
         f"vocabulary {reader.config.vocab_size}, {human_size(total_bytes(reader))}",
         f"write  {out} ({plan.layout}):",
     ]
-    lines += [f"       {file.name}  {human_size(file.size)}, {len(file.specs)} tensors" for file in plan.files]
+    lines += [
+        f"       {Path(out).name if plan.single else file.name}  {human_size(file.size)}, {len(file.specs)} tensors"
+        for file in plan.files
+    ]
     lines += [f"       {name}" for name in plan.small]
     largest = max((_step_bytes(plan.reader, step) for step in plan.steps), default=0)
     workers = min(os.cpu_count() or 1, _MAX_WORKERS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyalpaca.checkpoint.container.tensor_file import check_head, read_json
+from pyalpaca.checkpoint.gguf_token_files import read_tokenizer, write_tokenizer
 
 FILES = (
     "tokenizer.model",
@@ -82,10 +83,15 @@ def count(folder: Path) -> int:
 
 
 def present(source: Path | None) -> list[str]:
-    """The names of the files that `copy` would write from this folder."""
+    """The names of the files that `copy` would write from this folder (or GGUF file); ValueError if it is no tokenizer."""
     if source is None:
         return []
-    needed = ("tokenizer_config.json", "special_tokens_map.json") if (source / "tokenizer.model").is_file() else ()
+    if source.is_file():  # a GGUF file holds its tokenizer
+        return list(read_tokenizer(source))
+    needed: tuple[str, ...] = ()
+    if (source / "tokenizer.model").is_file():
+        check_head(source / "tokenizer.model", "a SentencePiece model")
+        needed = ("tokenizer_config.json", "special_tokens_map.json")
     return [name for name in FILES if name in needed or (source / name).is_file()]
 
 
@@ -95,6 +101,9 @@ def copy(source: Path | None, out: Path) -> None:
     Old folders call the class LLaMATokenizer, which no release of transformers knows: it becomes LlamaTokenizer.
     """
     if source is None or source.resolve() == out.resolve():
+        return
+    if source.is_file():
+        write_tokenizer(source, out)
         return
     for name in present(source):
         if not (source / name).is_file():

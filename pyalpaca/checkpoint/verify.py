@@ -20,8 +20,6 @@ from pyalpaca.checkpoint.open import open_checkpoint
 from pyalpaca.checkpoint.published import Published, family, model_named, published
 from pyalpaca.checkpoint.resaved import Container, Resaved, container, resaved
 
-__all__ = ["Comparison", "Published", "Verdict", "Verification", "compare", "published", "verify"]
-
 _NO_WEIGHTS = r"(?!(training_args|optimizer|scheduler)\.bin$)"
 _LOOKED_AT = re.compile(_NO_WEIGHTS + r".+\.(pth|bin|safetensors)|tokenizer\.model")
 _CHUNK = 1 << 20

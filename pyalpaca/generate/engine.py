@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyalpaca.checkpoint import open_checkpoint
+from pyalpaca.checkpoint import open_checkpoint, tokenizer_folder
 from pyalpaca.data import Tokenizer, load_tokenizer, stream_decoder
 from pyalpaca.generate.sampling import Sampling, choose
 from pyalpaca.model import Axis, LayerCache, LlamaConfig, Tree, forward, load, parameters, shard
@@ -49,7 +49,11 @@ def load_model(
     where = tokenizer or reader.tokenizer
     if where is None:
         raise ValueError(f"{path}: holds no tokenizer; give the folder of one with --tokenizer")
-    words = load_tokenizer(where)
+    if tokenizer is None and reader.tokenizer is not None:
+        with tokenizer_folder(reader.tokenizer) as folder:
+            words = load_tokenizer(folder)
+    else:
+        words = load_tokenizer(where)
     if words.vocab_size > reader.config.vocab_size:
         raise ValueError(
             f"{where}: {words.vocab_size} tokens, but the model in {path} has {reader.config.vocab_size}; "

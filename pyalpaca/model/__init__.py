@@ -1,7 +1,7 @@
 """The model room: a LLaMA is a function and a tree of tensors."""
 
 from pyalpaca.model.axis import ONE_DEVICE, Axis
-from pyalpaca.model.config import LlamaConfig, config_from_hf, config_from_meta, config_to_hf
+from pyalpaca.model.config import LlamaConfig, config_from_hf, config_from_meta, config_to_hf, config_to_meta
 from pyalpaca.model.llama import LayerCache, forward
 from pyalpaca.model.params import Tree, flatten, init, initial, load, tree_map, unflatten, whole_slice
 from pyalpaca.model.sharding import (
@@ -25,6 +25,7 @@ __all__ = [
     "config_from_hf",
     "config_from_meta",
     "config_to_hf",
+    "config_to_meta",
     "cut",
     "flatten",
     "forward",

@@ -22,21 +22,30 @@ FLAGS = {
     "megatron": ["--tp", "2", "--pp", "3"],
     "deepspeed": ["--tp", "4", "--merge-mlp"],
     "native": [],
+    "gguf": [],
 }
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_there_and_back(tmp_path, capsys, first, second):
-    source = make_hf(tmp_path / "source")
-    convert.main([str(source), str(tmp_path / "1"), "--to", first, *FLAGS[first]])
-    convert.main([str(tmp_path / "1"), str(tmp_path / "2"), "--to", second, *FLAGS[second]])
-    convert.main([str(tmp_path / "2"), str(tmp_path / "3"), "--to", "hf", "--weights", "safetensors"])
-    assert open_checkpoint(tmp_path / "2").layout == second
+    source, back = make_hf(tmp_path / "source"), tmp_path / "back"
+    one, two = (tmp_path / (f"{i}.gguf" if layout == "gguf" else str(i)) for i, layout in enumerate((first, second)))
+    convert.main([str(source), str(one), "--to", first, *FLAGS[first]])
+    convert.main([str(one), str(two), "--to", second, *FLAGS[second]])
+    convert.main([str(two), str(back), "--to", "hf", "--weights", "safetensors"])
+    assert open_checkpoint(two).layout == second
     capsys.readouterr()
-    for folder in ("source", "1", "2", "3"):
-        digest_command.main([str(tmp_path / folder)])
+    for path in (source, one, two, back):
+        digest_command.main([str(path)])
     assert set(capsys.readouterr().out.split()) == {digest(model())}
-    assert (tmp_path / "3" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_gguf_output_is_a_file_with_its_own_ending(tmp_path):
+    source = make_hf(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"expected a name like model\.gguf"):
+        convert.main([str(source), str(tmp_path / "out"), "--to", "gguf"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_digest_is_framed_as_its_docstring_says(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -364,7 +365,7 @@ def test_what_no_adapter_can_say_is_refused(tmp_path, make, flags, match):
         ("base", "model.safetensors: belongs to another model"),
         ("trained", "model.safetensors: belongs to another model"),
         ("trained/config.json", "config.json: is a file, expected a folder"),
-        ("adapter", "adapter_model.bin: belongs to another adapter"),
+        ("adapter", "adapter_model.bin: belongs to another model"),
     ],
 )
 def test_an_output_that_is_something_else_is_refused_before_the_work(tmp_path, monkeypatch, out, match):
@@ -372,7 +373,7 @@ def test_an_output_that_is_something_else_is_refused_before_the_work(tmp_path, m
     make_hf(tmp_path / "trained", spoil(tmp_path))
     make_adapter(tmp_path / "adapter", weights="bin")
     before = snapshot(tmp_path)
-    monkeypatch.setattr("pyalpaca.checkpoint.extract.low_rank", None)
+    monkeypatch.setattr(sys.modules["pyalpaca.checkpoint.extract"], "low_rank", None)
     with pytest.raises(ValueError, match=match):
         extract.main([str(tmp_path / "trained"), str(tmp_path / out), "--base", str(tmp_path / "base")])
     assert snapshot(tmp_path) == before

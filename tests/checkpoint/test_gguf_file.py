@@ -225,9 +225,9 @@ def test_a_hostile_file_can_not_hold_strings_without_end(tmp_path, monkeypatch):
 @given(data=st.data())
 def test_a_hostile_file_gives_what_is_there_or_a_sentence_whatever_its_header_says(tmp_path, data):
     path = tmp_path / "fuzz.gguf"
-    if not (tmp_path / "good").exists():
-        write_gguf(model(dataclasses.replace(CONFIG, num_layers=1)), tmp_path / "good")
-    raw = bytearray((tmp_path / "good").read_bytes())
+    if not (tmp_path / "good.gguf").exists():
+        write_gguf(model(dataclasses.replace(CONFIG, num_layers=1)), tmp_path / "good.gguf")
+    raw = bytearray((tmp_path / "good.gguf").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, 1700))
         value = data.draw(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_makers import CONFIG, make_hf, model, snapshot, tensors
 
-from pyalpaca.checkpoint import convert, digest, open_checkpoint, write_hf
+from pyalpaca.checkpoint import convert, digest, memory_reader, open_checkpoint, write_hf
 from pyalpaca.checkpoint.hf import parse_size
 from pyalpaca.model import LlamaConfig, config_to_hf
 
@@ -166,7 +166,7 @@ def test_code_in_a_pickle_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = make_hf(tmp_path / "m", weights="bin")
     torch.save({"model.embed_tokens.weight": Surprise()}, folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin: can't be read as tensors")
+    refused(folder, "pytorch_model.bin: .*exec")
     assert not (tmp_path / "surprise").exists()
 
 
@@ -199,3 +199,26 @@ def test_a_folder_of_something_else_is_named(tmp_path):
     refused(tmp_path / "m", r"no checkpoint recognised \(it holds notes.txt\)")
     with pytest.raises(ValueError, match="is a file, expected the folder"):
         open_checkpoint(tmp_path / "m" / "notes.txt")
+
+
+def test_the_same_tensor_in_two_shards_is_refused(tmp_path):
+    folder = make_hf(tmp_path / "m", weights="bin", max_shard_size="60KB")
+    shards = sorted(folder.glob("*.bin"))
+    first, second = (torch.load(shard, weights_only=True) for shard in shards[:2])
+    torch.save({**second, "model.embed_tokens.weight": first["model.embed_tokens.weight"]}, shards[1])
+    refused(folder, r"model\.embed_tokens\.weight is in pytorch_model-00001-of-\d+\.bin too")
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    folder = make_hf(tmp_path / "m", weights="bin")
+    torch.save({name: tensor.to(torch.int8) for name, tensor in tensors().items()}, folder / "pytorch_model.bin")
+    refused(folder, "is int8, expected floating-point weights")
+
+
+def test_a_cast_that_overflows_is_refused(tmp_path):
+    held = {name: tensor.to(torch.bfloat16) for name, tensor in tensors().items()}
+    held["model.norm.weight"][3] = 1e6
+    source = make_hf(tmp_path / "m", memory_reader(CONFIG, held))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds .*more than float16 can"):
+        convert(source, tmp_path / "out", "hf", dtype="float16")
+    assert not (tmp_path / "out").exists()

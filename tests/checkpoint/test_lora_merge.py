@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from pyalpaca.checkpoint import describe_merge, digest, merge, open_checkpoint, write_native
 from pyalpaca.checkpoint.adapter import canonical_key
+from pyalpaca.checkpoint.meta import meta_name
 from pyalpaca.commands import merge_llama_with_chinese_lora, merge_llama_with_chinese_lora_low_mem
+from pyalpaca.model import natural_key
 
 
 def original_merge(state, adapters):
@@ -364,3 +366,17 @@ def test_adapters_merge_over_any_layout(road, tmp_path):
     expected = digest(open_checkpoint(road.base, lora=[road.plus]))
     write_native(open_checkpoint(road.base), tmp_path / "native")
     assert digest(open_checkpoint(tmp_path / "native", lora=[road.plus])) == expected
+
+
+def test_a_merge_keeps_the_order_of_the_tensors_in_the_base(road, tmp_path):
+    """Releases of transformers before 4.31 stored gate, down, up; the published merges have it from them."""
+    shards = sorted(road.base.glob("pytorch_model-*.bin"))
+    held = {name: tensor for shard in shards for name, tensor in torch.load(shard, weights_only=True).items()}
+    old = sorted(held, key=lambda name: (natural_key(name.partition(".mlp.")[0]), name))
+    base = tmp_path / "base"
+    shutil.copytree(road.base, base, ignore=shutil.ignore_patterns("pytorch_model*"))
+    torch.save({name: held[name] for name in old}, base / "pytorch_model.bin")
+    merge(base, [road.plus], tmp_path / "hf", "hf")
+    merge(base, [road.plus], tmp_path / "pth", "meta")
+    assert list(torch.load(tmp_path / "hf" / "pytorch_model.bin", weights_only=True)) == old
+    assert list(torch.load(tmp_path / "pth" / "consolidated.00.pth", weights_only=True)) == [meta_name(name)[0] for name in old]

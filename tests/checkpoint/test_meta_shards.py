@@ -95,7 +95,8 @@ def test_shards_are_cut_as_meta_cuts_them(tmp_path):
         assert shapes["norm.weight"] == (64,)
         assert all(t.untyped_storage().nbytes() == t.numel() * 2 for t in shard.values())
     assert (tmp_path / "params.json").read_text() == (
-        '{"dim": 64, "multiple_of": 256, "n_heads": 8, "n_layers": 3, "norm_eps": 1e-06, "vocab_size": -1}'
+        '{"dim": 64, "multiple_of": 32, "n_heads": 8, "n_layers": 3, "norm_eps": 1e-06, "vocab_size": -1, '
+        '"ffn_dim_multiplier": 0.56}'
     )
 
 
@@ -234,7 +235,7 @@ def test_a_params_json_of_another_model_is_named(folder):
 def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path):
     scaled = replace(CONFIG, rope_scaling={"rope_type": "linear", "factor": 2.0})
     for config, shards, match in (
-        (scaled, 1, "rope scaling"),
+        (scaled, 1, "no words for its rope scaling"),
         (replace(CONFIG, head_dim=16), 1, "head_dim 16"),
         (CONFIG, 3, "8 heads"),
     ):
@@ -243,3 +244,43 @@ def test_what_the_format_cannot_hold_is_refused_before_writing(tmp_path):
         with pytest.raises(ValueError, match=match):
             convert(source, tmp_path / "out", "meta", num_shards=shards)
         assert snapshot(tmp_path) == before
+
+
+LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("tie", [False, True])
+def test_llama_3_keeps_its_rope_its_positions_and_its_tied_head(shards, tie, tmp_path):
+    config = replace(
+        CONFIG,
+        num_kv_heads=2,
+        rope_theta=500000.0,
+        rope_scaling=LLAMA31,
+        max_positions=131072,
+        tie_embeddings=tie,
+        norm_eps=1e-5,
+    )
+    source = make_hf(tmp_path / "hf", model(config))
+    convert(source, tmp_path / "meta", "meta", num_shards=shards)
+    convert(tmp_path / "meta", tmp_path / "back", "hf")
+    held = [torch.load(f, weights_only=True) for f in sorted((tmp_path / "meta").glob("*.pth"))]
+    rows = [shard["tok_embeddings.weight"].shape for shard in held]
+    assert sum(shape[0] for shape in rows) == config.vocab_size and {shape[1] for shape in rows} == {config.hidden_size}
+    assert open_checkpoint(tmp_path / "back").config == config
+    assert digest(open_checkpoint(tmp_path / "back")) == digest(open_checkpoint(source))
+
+
+def test_a_head_that_is_not_tied_although_params_json_says_so(tmp_path):
+    write_meta(model(replace(CONFIG, tie_embeddings=True)), tmp_path / "meta")
+    shard = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
+    shard["output.weight"] = shard["output.weight"] + 1
+    torch.save(shard, tmp_path / "meta" / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"output\.weight is not tok_embeddings\.weight"):
+        open_checkpoint(tmp_path / "meta")

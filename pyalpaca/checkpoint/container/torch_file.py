@@ -103,10 +103,13 @@ def _map(path: Path) -> mmap.mmap:
     Without a reserve, so that files larger than the memory can be opened: pages that are only read need none.
     """
     with path.open("rb") as file:
-        if sys.platform != "linux":
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        no_reserve = 0x4000  # mmap.MAP_NORESERVE since Python 3.13
-        return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE)
+        try:
+            if sys.platform != "linux":
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            no_reserve = 0x4000  # mmap.MAP_NORESERVE since Python 3.13
+            return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | no_reserve, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:  # mmap does not know the name
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _views(data: mmap.mmap, locate: Locate) -> Build:
