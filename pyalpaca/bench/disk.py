@@ -61,15 +61,16 @@ def remove(*folders: Path) -> None:
 def touch_memory(folder: Path, most: int) -> int:
     """Have the free memory used once as page cache, up to `most` bytes; how many bytes that were.
 
-    A virtual machine gets its memory from the host when it first touches it, slowly, and whoever runs first would pay. Reading
-    the hole of a sparse file touches it: no disk is involved, and the system takes the pages back whenever it needs them.
+    A virtual machine may hand free memory back to its host within seconds (free page reporting), and then waits for the host
+    at the first touch: whoever is timed after a pause would pay. Reading the hole of a sparse file touches memory without
+    the disk, and without taking any from others.
     """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemFree:"))
-    count = min(free, most)
+    count = min(free * 9 // 10, most)  # all of it would evict what is in the page cache
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(count)
         _read_through(file.fileno())

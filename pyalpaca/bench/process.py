@@ -24,6 +24,7 @@ import pyalpaca
 INTERVAL = 0.01
 """Seconds between two looks at a process."""
 
+_GO = "go\n"
 _FIELDS = ("VmHWM", "RssAnon", "RssFile", "RssShmem")
 
 
@@ -47,7 +48,7 @@ class Memory:
 class Run:
     """One run in a fresh process.
 
-    seconds: the work alone, after the imports. process_seconds: from the start of the process until the work was done.
+    seconds: the work alone. process_seconds: with the start of the process and its imports.
     cpu_seconds: of all threads during the work. memory: None where there is no /proc. result: what the work returned.
     """
 
@@ -87,49 +88,61 @@ def watch(process: subprocess.Popen[Any], interval: float = INTERVAL) -> tuple[i
     return own, file, looks
 
 
-def run_fresh(target: str, arguments: Mapping[str, Any]) -> Run:
+def run_fresh(target: str, arguments: Mapping[str, Any], before: Callable[[], object] = lambda: None) -> Run:
     """Run `target` in a process of its own.
 
     target: `module:function`. The function gets the arguments, imports all that it needs and returns the work as a function
-    without arguments. Arguments and the work's result are what JSON can say. ValueError with the child's last line if it
-    fails; all it said goes to stderr.
+    without arguments. Arguments and the work's result are what JSON can say. before: called here, between imports and work.
+    ValueError with the child's last line if it fails; all it said goes to stderr.
     """
     command = [sys.executable, "-m", "pyalpaca.bench.process", target, json.dumps(dict(arguments))]
     paths = [str(Path(pyalpaca.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with tempfile.TemporaryFile() as err:
         began = time.perf_counter()
-        with subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}) as child:
+        with subprocess.Popen(command, stderr=err, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, **pipes) as child:
             try:
+                ready = child.stdout.readline() if child.stdout else ""
+                imports = time.perf_counter() - began
+                if ready and child.stdin:
+                    before()
+                    child.stdin.write(_GO)
+                    child.stdin.close()
                 own, file, looks = watch(child)
+                said = child.stdout.read() if child.stdout else ""
             except BaseException:
                 child.kill()
                 raise
-        for stream in (out, err):
-            stream.seek(0)
         if child.returncode != 0:
-            said = err.read().decode(errors="replace").strip()
-            print(said, file=sys.stderr)
-            last = said.splitlines()[-1] if said else f"status {child.returncode} and no message"
+            err.seek(0)
+            complaint = err.read().decode(errors="replace").strip()
+            print(complaint, file=sys.stderr)
+            last = complaint.splitlines()[-1] if complaint else f"status {child.returncode} and no message"
             raise ValueError(f"{target}: the process that was to be measured ended with {last}")
-        report = json.loads(out.read().splitlines()[-1])
-    ready, done = report["ready"], report["done"]
+    report = json.loads(said)
     memory = None
-    if ready and done:
-        own = max(own, own_bytes(ready), own_bytes(done))
-        memory = Memory(own, own_bytes(ready), file, done["VmHWM"], looks)
-    # perf_counter is one clock for all processes of a machine since it was started.
-    return Run(report["end"] - report["start"], report["end"] - began, report["cpu"], memory, report["result"])
+    if report["start_status"] and report["end_status"]:
+        baseline, end = own_bytes(report["start_status"]), own_bytes(report["end_status"])
+        memory = Memory(max(own, baseline, end), baseline, file, report["end_status"]["VmHWM"], looks)
+    return Run(report["seconds"], imports + report["seconds"], report["cpu_seconds"], memory, report["result"])
 
 
 def main() -> None:
-    """The fresh process: prepare, work, and report in one line."""
-    module, name = sys.argv[1].split(":")
-    prepare: Callable[..., Callable[[], object]] = getattr(importlib.import_module(module), name)
-    work = prepare(**json.loads(sys.argv[2]))
-    ready, cpu, start = status(), time.process_time(), time.perf_counter()
-    result = work()
-    end, cpu, done = time.perf_counter(), time.process_time() - cpu, status()
-    print(json.dumps({"start": start, "end": end, "cpu": cpu, "ready": ready, "done": done, "result": result}), flush=True)
+    """The fresh process: import, say so, wait for the word, work, and report in one line."""
+    # Whatever the work prints must not be taken for the report.
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        module, name = sys.argv[1].split(":")
+        prepare: Callable[..., Callable[[], object]] = getattr(importlib.import_module(module), name)
+        work = prepare(**json.loads(sys.argv[2]))
+        print("ready", file=answer, flush=True)
+        if sys.stdin.readline() != _GO:
+            return  # whoever asked is gone
+        before, cpu, start = status(), time.process_time(), time.perf_counter()
+        result = work()
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        report = {"seconds": seconds, "cpu_seconds": cpu, "start_status": before, "end_status": status(), "result": result}
+        print(json.dumps(report), file=answer)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,23 @@ def wait(imports: float, seconds: float) -> Callable[[], None]:
     return lambda: time.sleep(seconds)
 
 
+def talk(text: str) -> Callable[[], dict[str, str]]:
+    """Print before and during the work."""
+    print(text, flush=True)
+
+    def work() -> dict[str, str]:
+        print(text, flush=True)
+        return {"said": text}
+
+    return work
+
+
+def changed(path: str) -> Callable[[], list[str]]:
+    """What a file holds during the imports, and what during the work."""
+    before = Path(path).read_text()
+    return lambda: [before, Path(path).read_text()]
+
+
 def fail(path: str) -> Callable[[], None]:
     """Say something, then fail."""
 

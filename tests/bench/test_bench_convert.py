@@ -171,7 +171,7 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(target: str, arguments: dict[str, Any]) -> None:
+    def fail(target: str, arguments: dict[str, Any], *_: object) -> None:
         if target.endswith(":make"):
             Path(arguments["out"]).mkdir()
         else:

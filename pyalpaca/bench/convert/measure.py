@@ -21,6 +21,9 @@ from pyalpaca.files import PARTIAL
 _JOBS = "pyalpaca.bench.convert.jobs"
 _MARK = ".pyalpaca-bench"
 
+Start = Callable[[Callable[[], object]], Run]
+"""Starts a fresh process, given what is to be done between its imports and its work."""
+
 
 def say(text: str) -> None:
     """One line of progress, on stderr."""
@@ -44,7 +47,6 @@ def workspace(settings: Settings) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
     try:
-        say(f"memory touched once: {disk.touch_memory(folder, needed_bytes(settings)) / 1e9:.1f} GB")
         yield
     finally:
         disk.remove(*remains)
@@ -85,12 +87,12 @@ def _sources(folder: Path, case: Case) -> list[Path]:
     return [base, *(folder / name for name, *_ in ADAPTERS if case.lora)]
 
 
-def _convert(folder: Path, out: Path, case: Case) -> Run:
+def _convert(folder: Path, out: Path, case: Case, before: Callable[[], object] = lambda: None) -> Run:
     base, *adapters = map(str, _sources(folder, case))
     if case.lora and not case.options:
-        return run_fresh(f"{_JOBS}:merge", {"base": base, "adapters": adapters, "out": str(out), "to": case.to})
+        return run_fresh(f"{_JOBS}:merge", {"base": base, "adapters": adapters, "out": str(out), "to": case.to}, before)
     options = {**case.options, **({"lora": adapters} if adapters else {})}
-    return run_fresh(f"{_JOBS}:convert", {"source": base, "out": str(out), "to": case.to, "options": options})
+    return run_fresh(f"{_JOBS}:convert", {"source": base, "out": str(out), "to": case.to, "options": options}, before)
 
 
 @dataclass
@@ -114,18 +116,18 @@ class Log:
 
 
 def _prepare(settings: Settings, log: Log, name: str, sources: Sequence[Path]) -> None:
-    """Bring the page cache into the state that was asked for, the same for every contestant, and note how far that went."""
+    """Bring disk, page cache and free memory into the same state for every contestant; note how far the cache got."""
     (disk.warm if settings.cache == "warm" else disk.cool)(sources)
+    disk.touch_memory(settings.work, needed_bytes(settings))
     share = disk.cached_share(sources)
     if share is not None:
         log.cached.setdefault(name, []).append(round(share, 3))
 
 
-def _fresh(settings: Settings, log: Log, name: str, sources: Sequence[Path], out: Path, start: Callable[[], Run]) -> Run:
-    """One run in a fresh process to a folder that is not there."""
+def _fresh(settings: Settings, log: Log, name: str, sources: Sequence[Path], out: Path, start: Start) -> Run:
+    """One run in a fresh process to a folder that is not there; what it reads is prepared once its imports are done."""
     disk.remove(out)
-    _prepare(settings, log, name, sources)
-    result = start()
+    result = start(lambda: _prepare(settings, log, name, sources))
     if result.memory is not None:
         log.memory.setdefault(name, []).append(result.memory)
     return result

@@ -94,9 +94,9 @@ def page(result: Mapping[str, Any]) -> str:
         "**Time.** Each conversion is a fresh process; its seconds are those of the work without the imports, with every file "
         "flushed to the disk (fsync) before it counts as written. cp is `cp -r` of the folder that the conversion wrote, on the "
         "same disk, its copies flushed too; plain cp is the moment at which cp returns, with much of the copy still in memory. "
-        f"{cache}; the share really found there stands in brackets, as mincore(2) tells it. At the beginning free memory is "
-        "touched once, for which a virtual machine would otherwise make the first runs wait. Then everybody runs once for "
-        f"nothing, and {settings['repeats']} times in turn, the order turned round each time. The table has the medians, "
+        f"{cache}; the share really found there stands in brackets, as mincore(2) tells it. Free memory is touched, too: a "
+        "virtual machine hands it back to its host, and whoever comes after a pause would wait for it. Everybody runs once for "
+        f"nothing, then {settings['repeats']} times in turn, the order turned round each time. The table has the medians, "
         'all timings stand below it. "x cp" is our time over cp\'s.',
         "**Memory.** The parent reads /proc/PID/status every 10 ms. A process's own memory is RssAnon + RssShmem: what it has "
         "allocated or written. The pages of files mapped read-only are left out: they are the page cache, which the system takes "
