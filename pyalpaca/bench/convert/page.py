@@ -81,7 +81,8 @@ def page(result: Mapping[str, Any]) -> str:
         f"`pyalpaca bench convert --scale {scale['name']}` prints these tables and, as its last line, one JSON object with all "
         "of it; `--from FILE --markdown FILE` makes this page of such an object.",
         f"{machine['cpu']}, torch on {machine['threads']} of {machine['cores']} cores, {memory}{machine['filesystem']}, "
-        f"{machine['system']}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}. "
+        f"{machine['system']}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}; load "
+        f"before the run {settings['load_before']}. "
         f"This machine's limits in the same run: {copying}memory copied at {rates['copy_bytes'] / 1e9:.0f} GB/s read and "
         f"written, sgemm at {rates['sgemm_flops'] / 1e9:.0f} GFLOP/s.",
         table(result),
@@ -176,8 +177,9 @@ def _timings(rows: Sequence[Row]) -> list[str]:
                 share = row["cached"].get(who)
                 said = f" ({share:.0%})" if share is not None else ""
                 parts.append(f"{label}{said} {', '.join(f'{value:.3g}' for value in row['timings'][who])}")
-        arithmetic = row.get("arithmetic_seconds")
-        parts += [f"its multiplications alone would take {arithmetic:.2g} at this machine's sgemm rate"] if arithmetic else []
+        parts.append(f"our processor time {row['cpu_seconds']:.3g}")
+        if arithmetic := row.get("arithmetic_seconds"):
+            parts.append(f"the products of the factors alone would take {arithmetic:.2g} at this machine's sgemm rate")
         lines.append(f"- {row['name']}: {'; '.join(parts)}")
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from pyalpaca.bench.machine import limits, machine, rounded
 
 def run(settings: Settings) -> dict[str, Any]:
     """Make the models, measure, and return the JSON object of docs/architecture.md, "The last line"."""
+    load = round(os.getloadavg()[0], 2)
     with workspace(settings):
         rows = measure_cases(settings)
         if settings.halved:
@@ -45,6 +47,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 "peft_scale": asdict(settings.peft_scale),
                 "repeats": settings.repeats,
                 "cache": settings.cache,
+                "load_before": load,
                 "largest_tensor_bytes": 2 * ALPACA_ROWS * settings.scale.hidden_size,
             },
             "limits": rates,
