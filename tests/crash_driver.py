@@ -3,13 +3,14 @@
 The kernel asks this process before each such call of the job's (seccomp, user notification; Linux 5.5), whatever library makes
 it and from whatever thread. So nothing in the job has to be patched, and the answer can be kill -9, an error, or Ctrl-C.
 
-`python crash_driver.py {kill,full,interrupt} JOB FOLDER [STRIDE]` prints what `sweep` returns as JSON. The jobs are at the end.
+Only for a process without threads, since it forks: crash_jobs.py starts it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import hashlib
 import json
@@ -26,8 +27,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent / "checkpoint")]
 
 # {call: number on x86_64, on aarch64 and the other newer machines}, from the kernel's tables; None where there is no such call.
 CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -112,17 +111,24 @@ def _install(channel: socket.socket) -> None:
     os.close(listener)
 
 
+_TOO_LONG = 30
+
 Answer = Callable[[int, str], int]
 """(process that runs the job, call) -> 0 to let it go on, or the errno that it gets instead."""
 
 
 def watched(run: Callable[[], Any], answer: Answer) -> tuple[str, str]:
-    """Run a job in a child of its own; returns done, killed or error, and the error's text."""
+    """Run a job in a child of its own; returns done, killed, error or crash, and the error's text.
+
+    A crash is an error that is neither OSError, ValueError nor Ctrl-C, or half a minute without an end.
+    """
     ours, theirs = socket.socketpair()
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         try:
+            faulthandler.dump_traceback_later(_TOO_LONG, exit=True, file=writing)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             _install(theirs)
             run()
             os._exit(0)
@@ -170,17 +176,23 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """prepare: makes the old state in an empty folder. run: what is disturbed; it is given the same folder."""
+    """What is disturbed.
+
+    prepare: makes the old state in an empty folder; what is only read may lie beside it. run: does the work in a copy of it.
+    read: what a reader says of the result, in a word; raises ValueError or OSError if it refuses.
+    """
 
     prepare: Callable[[Path], Any]
     run: Callable[[Path], Any]
+    read: Callable[[Path], str] = lambda folder: ""
 
 
 def sweep(job: Job, folder: Path, how: str, stride: int = 1) -> dict[str, Any]:
-    """Disturb a job at its first call, its second, or in steps of `stride`, until there is none left to disturb.
+    """Disturb a job at its first call, then in steps of `stride` at later ones, until there is none left to disturb.
 
-    Returns `old` and `new`, the snapshots before and after an undisturbed run, and `outcomes`, each with call (where), status
-    and text of `watched`, left (what is there then) and, after a kill, again (what is there after one more run, or its error).
+    how: kill, full (no space left on the device) or interrupt. Returns `old` and `new`, what there is (see `_found`) before
+    and after an undisturbed run, and `outcomes`, each with `call` (where), `status` and `text` of `watched`, `left` (what there
+    is then) and, after a kill, `again` (what there is after one more run, or its error).
     """
     start, work = folder / "start", folder / "work"
     start.mkdir()
@@ -190,20 +202,31 @@ def sweep(job: Job, folder: Path, how: str, stride: int = 1) -> dict[str, Any]:
     while True:
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(start, work, symlinks=True)
+        if not outcomes:
+            old = _found(job, work)
         target = Target(how, len(outcomes) * stride)
         status, text = watched(lambda: job.run(work), target.answer)
-        left = snapshot(work)
+        left = _found(job, work)
         if not target.hit:
             assert status == "done", text
-            return {"old": snapshot(start), "new": left, "outcomes": outcomes}
+            return {"old": old, "new": left, "outcomes": outcomes}
         outcome = {"call": target.hit, "status": status, "text": text, "left": left}
         if how == "kill":
             key = json.dumps(left)
             if key not in after:
                 again, text = watched(lambda: job.run(work), lambda process, call: 0)
-                after[key] = snapshot(work) if again == "done" else {again: text}
+                after[key] = _found(job, work) if again == "done" else {again: text}
             outcome["again"] = after[key]
         outcomes.append(outcome)
+
+
+def _found(job: Job, folder: Path) -> dict[str, Any]:
+    """`files`, a snapshot, and `read`, what a reader says or raises."""
+    try:
+        read = job.read(folder)
+    except (OSError, ValueError) as error:
+        read = f"{type(error).__name__}: {error}"
+    return {"files": snapshot(folder), "read": read}
 
 
 @dataclass
@@ -224,65 +247,3 @@ class Target:
         if self.how != "full":
             os.kill(process, signal.SIGKILL if self.how == "kill" else signal.SIGINT)
         return errno.ENOSPC if self.how == "full" else 0
-
-
-def _fill(folder: Path, content: dict[str, str]) -> None:
-    for name, text in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-
-
-MODEL = ("config.json", "model.safetensors", "release/rank.pt", "latest_checkpointed_iteration.txt")
-"""What the jobs below write: markers, weights, a sub-folder."""
-
-
-def _write_file(path: Path) -> None:
-    from pyalpaca.files import atomic_file
-
-    with atomic_file(path) as partial, partial.open("w") as file:
-        for _ in range(3):
-            file.write("new")
-            file.flush()
-
-
-def _write_folder(path: Path) -> None:
-    from pyalpaca.files import atomic_folder
-
-    with atomic_folder(path) as partial:
-        _fill(partial, dict.fromkeys(MODEL, "new"))
-
-
-def _with_files_of_its_own(folder: Path) -> None:
-    _fill(folder / "out", {**dict.fromkeys(MODEL, "old"), "notes.txt": "mine", "release/mine": "mine", "deep/er/.mine": "mine"})
-    (folder / "out" / "deep" / "link").symlink_to("er")
-
-
-def _behind_a_link(folder: Path) -> None:
-    """The same, as a link to it, and what a killed run has left."""
-    _with_files_of_its_own(folder)
-    (folder / "out").rename(folder / "real")
-    (folder / "out").symlink_to("real")
-    _fill(folder / "real.partial", {"config.json": "half", "release/half": "half"})
-
-
-def _write_here(folder: Path) -> None:
-    os.chdir(folder / "out")
-    _write_folder(Path())
-
-
-JOBS: dict[str, Job] = {
-    "file": Job(lambda folder: None, lambda folder: _write_file(folder / "new" / "out")),
-    "file-over-old": Job(lambda folder: _fill(folder, {"out": "old"}), lambda folder: _write_file(folder / "out")),
-    "folder": Job(lambda folder: None, lambda folder: _write_folder(folder / "new" / "er" / "out")),
-    "folder-empty": Job(lambda folder: (folder / "out").mkdir(), lambda folder: _write_folder(folder / "out")),
-    "folder-over-old": Job(_with_files_of_its_own, lambda folder: _write_folder(folder / "out")),
-    "folder-behind-a-link": Job(_behind_a_link, lambda folder: _write_folder(folder / "out")),
-    "here": Job(_with_files_of_its_own, _write_here),
-}
-
-
-if __name__ == "__main__":
-    import pyalpaca.files  # noqa: F401, before any fork
-
-    how, name, folder, *stride = sys.argv[1:]
-    print(json.dumps(sweep(JOBS[name], Path(folder), how, *map(int, stride))))
