@@ -250,7 +250,7 @@ def test_changed_files_are_read_or_refused(kind: Format, tmp_path: Path) -> None
     read = []
 
     @given(seed=st.sampled_from(seeds), choose=st.randoms(use_true_random=False))
-    @settings(max_examples=400, deadline=5000, derandomize=True, database=None)
+    @settings(max_examples=300, deadline=5000, derandomize=True, database=None)
     def try_one(seed: bytes, choose: random.Random) -> None:
         read.append(check(kind, changed(choose, seed), tmp_path))
 
@@ -259,7 +259,7 @@ def test_changed_files_are_read_or_refused(kind: Format, tmp_path: Path) -> None
 
 
 @given(choose=st.randoms(use_true_random=False))
-@settings(max_examples=400, deadline=5000, derandomize=True, database=None)
+@settings(max_examples=300, deadline=5000, derandomize=True, database=None)
 def test_pickles_of_random_instructions_are_read_or_refused(choose: random.Random) -> None:
     kind = next(kind for kind in FORMATS if kind.name == "pickle.pt")
     with tempfile.TemporaryDirectory() as folder:

@@ -137,6 +137,7 @@ BAD_TENSORS = {
     "too few strides": (Storage(), 0, (2, 3), (3,)),
     "a thousand dimensions": (Storage(), 0, (1,) * 1000, (1,) * 1000),
     "an empty tensor of lengths that can't be counted": (Storage(), 0, (0, FAR, FAR), (1, 1, 1)),
+    "an empty tensor of lengths that can hardly be counted": (Storage(), 0, (0, 2**29, 2**29), (1, 1, 1)),
     "an offset that is no number": (Storage(), 0.0, (2, 3), (3, 1)),
     "shapes that are lists": (Storage(), 0, [2, 3], [3, 1]),
     "no storage": ("0", 0, (2, 3), (3, 1)),
@@ -144,6 +145,7 @@ BAD_TENSORS = {
     "a storage of fewer elements than its data": (Storage(count=5), 0, (2,), (1,)),
     "a storage of a wider type than its data": (Storage(kind="DoubleStorage"), 0, (2,), (1,)),
     "a storage of 2 to the 61 elements": (Storage(count=FAR), 0, (2, 3), (3, 1)),
+    "a storage of a number of elements with many digits": (Storage(count=10**5000), 0, (2, 3), (3, 1)),
     "a storage of a negative number of elements": (Storage(count=-6), 0, (2, 3), (3, 1)),
     "a storage that is not there": (Storage(key="7"), 0, (2, 3), (3, 1)),
     "a storage out of the archive": (Storage(key="../data.pkl"), 0, (2, 3), (3, 1)),
@@ -227,6 +229,16 @@ SECOND = struct.unpack_from("<I", TWO, TWO.index(CENTRAL, TWO.index(CENTRAL) + 1
 def test_a_zip_archive_that_lies_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     assert content != TWO
     refused(put(tmp_path / "x.pt", content), message)
+
+
+def test_a_storage_with_a_long_name_is_refused_before_it_is_looked_for(tmp_path: Path) -> None:
+    """Every tensor of it would copy the name."""
+    refused(put(tmp_path / "x.pt", zip_of(pickled({"w": tensor(Storage("0" * 1000))}))), "something else than a storage")
+
+
+def test_a_table_too_long_for_any_archive_is_refused_unread(tmp_path: Path) -> None:
+    content = LOCAL + bytes(20 << 20) + END + struct.pack("<HHHHIIH", 0, 0, 9, 9, 17 << 20, 1 << 20, 0)
+    refused(put(tmp_path / "x.pt", content), "has a damaged zip table .its table has 17,825,792 bytes")
 
 
 def test_two_pickles_are_refused(tmp_path: Path) -> None:

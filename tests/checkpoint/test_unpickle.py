@@ -240,6 +240,7 @@ def test_what_lies_inside_is_not_read_as_a_pickle() -> None:
         (b"\x80\x02h\x05.", "makes no sense"),
         (b"\x80\x02Ng-1\n.", "makes no sense"),
         (b"\x80\x02Np-1\n.", "makes no sense"),
+        (b"\x80\x02Nq\x00p-1\n.", "makes no sense"),
         (b"\x80\x02]N\x01\x00.", "has b'\\\\x01'"),
         (b"\x80\x02}Nu.", "makes no sense"),
         (b"\x80\x02}(Nu.", "makes no sense"),
@@ -303,7 +304,7 @@ def memory_and_time(content: bytes) -> tuple[int, float]:
 
 ENCODE = steps(Name("_codecs", "encode")) + b"q\x00"
 LONG_TEXT = b"X" + struct.pack("<I", 30_000) + b"a" * 30_000 + b"q\x01"
-LAUGHS = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(200))
+LAUGHS = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(90))
 BOMBS = {
     "a place far away, then nothing": b"\x80\x02Nr\xff\xff\xff\xff",
     "bytes as long as an integer can say": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",
@@ -313,9 +314,10 @@ BOMBS = {
     "an integer of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "an integer of a million digits": b"L" + b"9" * 1_000_000 + b"L\n0",
     "lists in lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
-    "tuples in tuples": b"\x80\x02)" + b"\x85" * 100_000 + b".",
+    "tuples in tuples": b"\x80\x02)" + b"\x85" * 2_000_000 + b".",
+    "dicts of one value": b"\x80\x02](" + b"}NNs" * 400_000 + b"e.",
     "dicts in dicts": b"\x80\x02" + b"}N" * 100_000 + b"}" + b"s" * 100_000 + b".",
-    "marks in marks": b"(" * 200_000,
+    "marks in marks": b"(" * 2_000_000,
     "a tuple in tuples as a key": b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.",
     "records in records": b"\x80\x02" + b"cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00a" * 2_000 + b"N" + b"sb" * 2_000 + b".",
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
@@ -346,7 +348,7 @@ BOMBS = {
         + b"q\x00"
         + steps(Name("megatron", "A"))
         + b"q\x01"
-        + (b"0h\x00h\x01X\x60\x00\x00\x00" + b"a" * 96 + b"\x86Rq\x01") * 5_000
+        + (b"h\x00h\x01X\x60\x00\x00\x00" + b"a" * 96 + b"\x86Rq\x01") * 5_000
         + b"."
     ),
     "a long name made again and again": (

@@ -48,8 +48,8 @@ def open_tensors(path: Path) -> TensorFile:
     check_head(path, "a file of tensors (safetensors or written by torch.save)")
     with path.open("rb") as file:
         head = file.read(9)
-    is_safetensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
-    if is_safetensors or (path.suffix == ".safetensors" and not head.startswith((b"PK\x03\x04", b"\x80"))):
+    # A safetensors file begins with the length of a JSON object, in eight bytes of any value.
+    if head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK\x03\x04", b"\x80"))):
         return open_safetensors(path)
     return open_torch_tensors(path)
 
