@@ -7,11 +7,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
+#include "ops/memory.h"
 
 namespace pyalpaca {
 
@@ -42,8 +42,6 @@ inline cpu::Dtype dtype_of(const Tensor& x) {
   if (x.scalar_type() == at::kFloat) return cpu::Dtype::kFloat;
   return x.scalar_type() == at::kBFloat16 ? cpu::Dtype::kBFloat16 : cpu::Dtype::kHalf;
 }
-
-inline Tensor contiguous_like(const Tensor& x) { return at::empty_like(x, at::MemoryFormat::Contiguous); }
 
 // The kernels take any strides but need the last dimension contiguous.
 inline Tensor last_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }

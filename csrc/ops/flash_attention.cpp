@@ -36,13 +36,13 @@ void check_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const 
 
 std::tuple<Tensor, Tensor> meta(const Tensor& q, const Tensor& k, const Tensor& v, bool, int64_t, double) {
   check(q, k, v);
-  return {contiguous_like(q), q.new_empty_symint(lse_sizes(q), q.options().dtype(at::kFloat))};
+  return {reused_like(q), q.new_empty_symint(lse_sizes(q), q.options().dtype(at::kFloat))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> meta_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                                  const Tensor& out, const Tensor& lse, bool, int64_t, double) {
   check_backward(dout, q, k, v, out, lse);
-  return {contiguous_like(q), contiguous_like(k), contiguous_like(v)};
+  return {reused_like(q), reused_like(k), reused_like(v)};
 }
 
 cpu::Strided strided(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }

@@ -24,7 +24,7 @@ Tensor meta(const Tensor& weight, at::TensorList b, at::TensorList a, at::ArrayR
     check_shape("lora_merge: b", b[i], {weight.sym_size(0), b[i].sym_size(1)});
     check_shape("lora_merge: a", a[i], {b[i].sym_size(1), weight.sym_size(1)});
   }
-  return contiguous_like(weight);
+  return reused_like(weight);
 }
 
 Tensor lora_merge_cpu(const Tensor& weight, at::TensorList b, at::TensorList a, at::ArrayRef<double> scale) {

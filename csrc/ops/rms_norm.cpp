@@ -28,12 +28,12 @@ void check_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, con
 
 std::tuple<Tensor, Tensor> meta(const Tensor& x, const Tensor& weight, double) {
   check(x, weight);
-  return {contiguous_like(x), x.new_empty_symint(x.sym_sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat))};
+  return {reused_like(x), x.new_empty_symint(x.sym_sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat))};
 }
 
 std::tuple<Tensor, Tensor> meta_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd) {
   check_backward(dy, x, weight, rstd);
-  return {contiguous_like(x), contiguous_like(weight)};
+  return {reused_like(x), reused_like(weight)};
 }
 
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, double eps) {
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& x, const Tensor& weight, do
 
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd) {
   check_backward(dy, x, weight, rstd);
-  const Tensor dx = contiguous_like(x), x_rows = rows_of(x), dy_rows = rows_of(dy);
+  const Tensor dx = reused_like(x), x_rows = rows_of(x), dy_rows = rows_of(dy);
   const Tensor wide = weight.to(at::kFloat).contiguous(), rstd_rows = rstd.contiguous();
   // A part of the rows for each thread, but not for a few rows: summing the parts costs as much as a row each.
   const int64_t rows = x_rows.size(0), parts = std::max<int64_t>(std::min(cpu::num_threads(), rows / 8), 1);

@@ -21,7 +21,7 @@ Tensor meta(const Tensor& x, const Tensor& cos, const Tensor& sin, bool) {
   check_angles("rope: cos", cos, x);
   check_angles("rope: sin", sin, x);
   check_shape("rope: sin", sin, cos.sym_sizes());
-  return contiguous_like(x);
+  return reused_like(x);
 }
 
 Tensor rope_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {

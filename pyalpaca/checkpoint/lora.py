@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,9 +202,10 @@ def _check_recipe(base: Reader, adapters: Sequence[Adapter]) -> None:
     Alpaca-Plus and -Pro were trained on LLaMA-Plus and add a [PAD] to its vocabulary; all others bring LLaMA its Chinese.
     """
     rows, before = base.config.vocab_size, None
-    for adapter in adapters:
+    with ThreadPoolExecutor() as pool:  # a gigabyte is hashed in about a second
+        names = list(pool.map(_published_as, adapters))
+    for adapter, name in zip(adapters, names, strict=True):
         new = (adapter.full_shape("model.embed_tokens.weight") or (rows,))[0]
-        name = _published_as(adapter)
         plus = _PLUS.fullmatch(name or "")
         needed = f"Chinese-LLaMA-Plus-{plus[2]}" if plus else None
         fits = before == needed if before else new == rows + 1 if needed else new > rows + 1

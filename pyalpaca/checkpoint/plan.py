@@ -6,6 +6,7 @@ So any layout is written by one engine, tensor by tensor, by several threads, an
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -183,6 +184,7 @@ class _Writer:
         self.layout = layout
         self.path = path
         self.checksums: dict[str, int] = {}
+        self._turn = threading.Lock()  # the kernel lets one thread at a time write to a file, and has the others spin
 
     def __enter__(self) -> _Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +203,8 @@ class _Writer:
         assert key not in self.checksums, f"{key} was given twice"
         data = raw_bytes(tensor)
         self.checksums[key] = zlib.crc32(data) if self.layout.needs_checksums else 0
-        _write_at(self.descriptor, data, self.layout.places[key])
+        with self._turn:
+            _write_at(self.descriptor, data, self.layout.places[key])
         return len(data)
 
     def seal(self) -> None:

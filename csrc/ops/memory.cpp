@@ -1,0 +1,82 @@
+#include "ops/memory.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
+#include <list>
+#include <mutex>
+#include <new>
+
+namespace pyalpaca {
+namespace {
+
+constexpr size_t kPage = size_t{1} << 21;   // a huge page
+constexpr size_t kLeast = size_t{1} << 20;  // results below this are left to torch
+constexpr size_t kKept = size_t{1} << 29;   // bytes that may lie idle
+
+struct Block {
+  void* data;
+  size_t size;
+};
+
+// The idle blocks, the one used last in front.
+class Pool {
+ public:
+  Block take(size_t size) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto block = idle_.begin(); block != idle_.end(); ++block) {
+        if (block->size != size) continue;
+        const Block found = *block;
+        idle_.erase(block);
+        bytes_ -= size;
+        return found;
+      }
+    }
+    void* data = std::aligned_alloc(kPage, size);
+    if (data == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+    madvise(data, size, MADV_HUGEPAGE);  // a wish: where it is not granted, pages are small
+#endif
+    return {data, size};
+  }
+
+  void give(Block block) {
+    std::list<Block> surplus;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      idle_.push_front(block);
+      bytes_ += block.size;
+      while (bytes_ > kKept) {
+        bytes_ -= idle_.back().size;
+        surplus.splice(surplus.end(), idle_, std::prev(idle_.end()));
+      }
+    }
+    for (const Block& old : surplus) std::free(old.data);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::list<Block> idle_;
+  size_t bytes_ = 0;
+};
+
+// Never destroyed: tensors may outlive the end of main.
+Pool& pool() {
+  static Pool* const kept = new Pool;
+  return *kept;
+}
+
+}  // namespace
+
+at::Tensor reused_like(const at::Tensor& x) {
+  if (!x.is_cpu() || x.nbytes() < kLeast) return at::empty_like(x, at::MemoryFormat::Contiguous);
+  const Block block = pool().take((x.nbytes() + kPage - 1) / kPage * kPage);
+  return at::from_blob(block.data, x.sizes(), [block](void*) { pool().give(block); }, x.options().requires_grad(false));
+}
+
+}  // namespace pyalpaca
