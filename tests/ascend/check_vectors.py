@@ -28,17 +28,6 @@ DTYPES = {
 }  # fmt: skip
 MEMORIES = {"VECCALC": 0, "A1": 1, "B1": 1, "A2": 2, "B2": 3, "CO1": 4}
 SIZES = {"half": 2, "bfloat16_t": 2, "float": 4} | {f"{u}int{bits}_t": bits // 8 for u in ("", "u") for bits in (8, 16, 32, 64)}
-    "half": 2,
-    "bfloat16_t": 2,
-    "float": 4,
-    "int8_t": 1,
-    "uint8_t": 1,
-    "int16_t": 2,
-    "uint16_t": 2,
-    "int32_t": 4,
-    "uint32_t": 4,
-    "int64_t": 8,
-}
 DECLARATION = re.compile(r"(\w+): (Local|Global)Tensor<(\w+)> (\w+).*? (\d+) (elements|bytes)")
 GENERATED_PER_FILE = 130
 
@@ -49,8 +38,6 @@ def tensors_of(case: dict[str, Any]) -> list[tuple[str, str, str, str, int, int]
     found = []
     memory = case["memory"].replace(" (UB, 32-byte aligned start)", "")
     for name, kind, element, position, number, unit in DECLARATION.findall(memory):
-        case["memory"].replace(" (UB, 32-byte aligned start)", "")
-    ):
         size = int(number) * (SIZES[element] if unit == "elements" else 1)
         address = 0
         if kind == "Local":

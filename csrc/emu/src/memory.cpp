@@ -43,6 +43,16 @@ void check_cells(Core& core, const Call& call, pipe_t pipe, const Access& access
     const auto unknown = std::find(first, last, uint8_t{0});
     if (unknown != last) {
       const uint64_t at = access.begin + (unknown - first);
+      for (int other = 0; other < kPipes; ++other) {
+        for (const Operation& waiting : core.pipes[other]) {
+          for (const Access& write : waiting.writes) {
+            if (write.memory != access.memory || at < write.begin || at >= write.end) continue;
+            fail(core, call, pipe, "race",
+                 stretch_text(access.memory, access.begin, access.end) + " read before pipe " + kPipeNames[other] +
+                     " wrote it at " + call_text(waiting.call) + ", with no flag or barrier between");
+          }
+        }
+      }
       fail(core, call, pipe, "uninitialised",
            "read " + stretch_text(access.memory, access.begin, access.end) + ", of which byte " + std::to_string(at) +
                " was never written");
