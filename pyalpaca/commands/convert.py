@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; raises ValueError or OSError for bad input."""
     parser = argparse.ArgumentParser(
         description="Convert a checkpoint to another layout. The source's layout is recognised: Meta, Hugging Face, Megatron "
-        "(AscendSpeed), DeepSpeed, or a run of our own.",
+        "(AscendSpeed), DeepSpeed, llama.cpp (GGUF), or a run of our own.",
         epilog="example: pyalpaca convert merged-tp4-pp2 merged-hf --to hf",
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder of any layout, or a .gguf file")
