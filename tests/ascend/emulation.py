@@ -86,16 +86,21 @@ def launch(
     seed: int = 0,
     kind: int = AIV_ONLY,
     in_place: Sequence[str] = (),
+    inside: Mapping[str, tuple[str, int]] | None = None,
 ) -> dict[str, Tensor]:
     """Run a kernel; its outputs, and the inputs named by `in_place`. Faults where the emulation finds one.
 
-    A Tensor is read, an Output written, None is a null pointer, an int or a float a scalar (fp32).
+    A Tensor is read, an Output written, None is a null pointer, an int or a float a scalar (fp32). `inside` names pointers
+    into another argument, given before it, with their distance in bytes.
     """
     library.emu_reset()
     words: list[int] = []
     results: dict[str, tuple[int, Tensor, bool]] = {}
+    place = {name: i for i, name in enumerate(arguments)}
     for name, value in arguments.items():
-        if isinstance(value, Tensor):
+        if inside and name in inside:
+            words.append(words[place[inside[name][0]]] + inside[name][1])
+        elif isinstance(value, Tensor):
             held = value.contiguous()
             size = held.numel() * held.element_size()
             address = library.emu_tensor(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from emulation import AIC_ONLY, AIV_ONLY, MIX_AIV_1_0, FaultError, Output, build_library, launch
 
 SEEDS = range(9)

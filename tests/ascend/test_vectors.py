@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import check_vectors
+import pytest
 
 VECTORS = Path(__file__).resolve().parents[1] / "data/ascend_c_vectors.jsonl"
 

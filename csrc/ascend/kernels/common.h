@@ -1,0 +1,59 @@
+// What the kernels share: rows divided over cores, and copies of rows whose length need not be a multiple of 32 bytes.
+#pragma once
+
+#include "kernel_operator.h"
+
+namespace pyalpaca_npu {
+
+using namespace AscendC;
+
+constexpr int32_t kLanes = 64;  // fp32 in one repeat
+constexpr int32_t kBlock = 8;   // fp32 in 32 bytes
+
+template <typename T>
+struct Wide {
+  static constexpr bool needs_cast = true;
+};
+template <>
+struct Wide<float> {
+  static constexpr bool needs_cast = false;
+};
+
+// An instruction's fields have 8 bits; the emulation sees to it that no value was cut.
+__aicore__ inline uint8_t narrow(int32_t value) {
+#ifdef ASCENDC_CPU_DEBUG
+  ASSERT(value >= 0 && value <= 255);
+#endif
+  return static_cast<uint8_t>(value);
+}
+
+__aicore__ inline int32_t round_up(int32_t value, int32_t step) { return (value + step - 1) / step * step; }
+
+struct Range {
+  int64_t begin, end;
+};
+// This core's part of `total` things: parts differ by one at most.
+__aicore__ inline Range part_of_core(int64_t total) {
+  const int64_t cores = GetBlockNum(), core = GetBlockIdx();
+  const int64_t each = total / cores, more = total % cores;
+  const int64_t begin = core * each + (core < more ? core : more);
+  return {begin, begin + each + (core < more ? 1 : 0)};
+}
+
+// Rows of `width` elements, in global memory `stride` apart, in unified memory `pitch` apart: a row and zeros after it.
+template <typename T>
+__aicore__ inline void load_rows(const LocalTensor<T>& to, const GlobalTensor<T>& from, int32_t rows, int32_t width,
+                                 int64_t stride, int32_t pitch) {
+  const DataCopyExtParams shape(static_cast<uint16_t>(rows), static_cast<uint32_t>(width * sizeof(T)),
+                                static_cast<uint32_t>((stride - width) * sizeof(T)), 0, 0);
+  const DataCopyPadExtParams<T> zeros(true, 0, narrow(pitch - width), T(0));
+  DataCopyPad(to, from, shape, zeros);
+}
+
+template <typename T>
+__aicore__ inline void store_rows(const GlobalTensor<T>& to, const LocalTensor<T>& from, int32_t rows, int32_t width) {
+  const DataCopyExtParams shape(static_cast<uint16_t>(rows), static_cast<uint32_t>(width * sizeof(T)), 0, 0, 0);
+  DataCopyPad(to, from, shape);
+}
+
+}  // namespace pyalpaca_npu

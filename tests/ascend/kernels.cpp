@@ -1,0 +1,43 @@
+// The kernels as they are, known to the emulation by name, and their tiling for Python.
+#include "ascend/kernels/rms_norm.cpp"
+#include "ascend/kernels/rms_norm_backward.cpp"
+#include "ascend/kernels/rope.cpp"
+#include "ascend/tiling/rms_norm.h"
+#include "ascend/tiling/rope.h"
+#include "emu/host.h"
+
+#define KERNELS_OF(type)               \
+  EMU_KERNEL(rms_norm_##type)          \
+  EMU_KERNEL(rms_norm_backward_##type) \
+  EMU_KERNEL(rms_norm_dgamma_##type)   \
+  EMU_KERNEL(rope_##type)
+KERNELS_OF(half)
+KERNELS_OF(bfloat16)
+KERNELS_OF(float)
+
+extern "C" {
+
+using namespace pyalpaca_npu;
+
+void tiling_rms_norm(int64_t rows, int64_t width, int64_t size, int64_t residual, int64_t cores, int64_t* out) {
+  const RmsNormTiling t = rms_norm_tiling(rows, width, size, residual != 0, cores);
+  out[0] = t.cores, out[1] = t.tile_rows,
+  out[2] = t.cores ? rms_norm_bytes(width, size, residual != 0, t.tile_rows) : 0;
+}
+void tiling_rms_norm_backward(int64_t rows, int64_t width, int64_t size, int64_t, int64_t cores, int64_t* out) {
+  const RmsNormTiling t = rms_norm_backward_tiling(rows, width, size, cores);
+  out[0] = t.cores, out[1] = t.tile_rows, out[2] = t.buffers;
+  out[3] = t.cores ? rms_norm_backward_bytes(width, size, t.tile_rows, t.buffers) : 0;
+}
+void tiling_dgamma(int64_t parts, int64_t width, int64_t, int64_t, int64_t cores, int64_t* out) {
+  const DgammaTiling t = dgamma_tiling(parts, width, cores);
+  out[0] = t.cores, out[1] = t.columns;
+}
+void tiling_rope(int64_t tokens, int64_t q_heads, int64_t k_heads, int64_t head_dim, int64_t size, int64_t cache,
+                 int64_t cores, int64_t* out) {
+  const RopeTiling t = rope_tiling(tokens, q_heads, k_heads, head_dim, size, cache != 0, cores);
+  out[0] = t.cores, out[1] = t.tile_tokens, out[2] = t.tile_heads;
+  out[3] = t.cores ? rope_bytes(t.tile_tokens, t.tile_heads, k_heads, head_dim, size, cache != 0) : 0;
+}
+
+}  // extern "C"
