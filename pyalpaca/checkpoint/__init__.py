@@ -13,15 +13,14 @@ from pyalpaca.checkpoint.lora import describe_merge
 from pyalpaca.checkpoint.megatron_writer import padded_vocab, write_megatron
 from pyalpaca.checkpoint.meta import open_meta, write_meta
 from pyalpaca.checkpoint.native import (
-    NativeTensors,
     find_native,
+    native_steps,
     native_tensors,
     read_native_meta,
     write_latest,
     write_native,
-    write_native_manifest,
-    write_native_shard,
 )
+from pyalpaca.checkpoint.native_files import DamagedError, NativeTensors, write_native_manifest, write_native_shard
 from pyalpaca.checkpoint.open import open_checkpoint
 from pyalpaca.checkpoint.plan import Plan, describe, execute
 from pyalpaca.checkpoint.published import Published, published
@@ -36,6 +35,7 @@ __all__ = [
     "SIZES",
     "Change",
     "Comparison",
+    "DamagedError",
     "Extraction",
     "NativeTensors",
     "Output",
@@ -62,6 +62,7 @@ __all__ = [
     "find_native",
     "memory_reader",
     "merge",
+    "native_steps",
     "native_tensors",
     "open_checkpoint",
     "open_meta",

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from pyalpaca.checkpoint.adapter import check_output, write_adapter
 from pyalpaca.checkpoint.canonical import DTYPES, Reader
 from pyalpaca.checkpoint.container.tensor_file import read_json
-from pyalpaca.checkpoint.native import MANIFEST, native_tensors, read_native_meta
+from pyalpaca.checkpoint.native import native_tensors, read_native_meta
+from pyalpaca.checkpoint.native_files import MANIFEST
 from pyalpaca.checkpoint.open import open_checkpoint
 from pyalpaca.model import lora_parameters, parameters
 

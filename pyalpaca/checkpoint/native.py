@@ -1,78 +1,39 @@
-"""Our own layout, for training: `manifest.json` and safetensors shards, one for each rank that writes.
+"""Our own layout, for training: a native checkpoint (see native_files), and the run folder that holds one for each saved step.
 
-A shard holds boxes of whole tensors (a tensor-parallel piece, an optimizer's share of it); the manifest says where each box lies.
-So a checkpoint written by one layout of ranks is read by any other. No torch.distributed here: each rank calls
-`write_native_shard`, the lists it returns are gathered, and one rank calls `write_native_manifest`.
-
-A run folder holds `step_0000010` folders like this one, and `latest`, a text file with the name of the newest.
+A run folder holds `step_0000010` folders, and `latest`, a text file with the name of the newest. What is damaged in a step is
+a DamagedError that names the file, and the newest earlier step of the run that opens.
 """
 
 from __future__ import annotations
 
-import json
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import tokens
-from pyalpaca.checkpoint.canonical import DTYPES, Reader, check_shapes, own, parse_config
+from pyalpaca.checkpoint.canonical import Reader, check_shapes, parse_config
 from pyalpaca.checkpoint.container.safetensors_file import safetensors_layout
-from pyalpaca.checkpoint.container.tensor_file import Piece, TensorFile, dtype_name, raw_bytes, read_json
-from pyalpaca.checkpoint.container.torch_file import open_tensors
-from pyalpaca.checkpoint.plan import Checksums, Plan, as_it_is, execute, write_file
+from pyalpaca.checkpoint.container.tensor_file import Piece
+from pyalpaca.checkpoint.native_files import (
+    MANIFEST,
+    DamagedError,
+    NativeTensors,
+    manifest_entry,
+    read_manifest,
+    read_native_files,
+    write_native_manifest,
+)
+from pyalpaca.checkpoint.plan import Checksums, Plan, as_it_is, execute
 from pyalpaca.files import atomic_file
-from pyalpaca.model import LlamaConfig, natural_key, whole_slice
+from pyalpaca.model import LlamaConfig, whole_slice
 from pyalpaca.ops import lora_merge
 
-MANIFEST = "manifest.json"
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""(start of each dimension, size of each dimension)."""
-Entry = dict[str, Any]
-Shard = Mapping[str, tuple[Tensor, tuple[int, ...], Piece | Sequence[Piece] | None]]
-
-
-@dataclass(frozen=True)
-class NativeTensors:
-    """The tensors of one kind (`model` or `optimizer`) in a native checkpoint, read whole or in pieces, whoever wrote them."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
-    read: Callable[[str, Piece | Sequence[Piece] | None], Tensor]
-
-
-def write_native_shard(folder: Path, shard_id: str, tensors: Shard, kind: str) -> list[Entry]:
-    """Write what one rank owns to `{kind}-{shard_id}.safetensors`; returns its manifest entries.
-
-    tensors: {canonical name: (tensor, shape of the whole, where it lies in the whole)}; the place is one (dim, start, stop),
-    several of them for a box cut along more than one dimension, or None for the whole. Each element of a tensor must be
-    given by just one shard. An empty piece is left out.
-    """
-    file, entries, data = f"{kind}-{shard_id}.safetensors", [], {}
-    for name, (tensor, whole, piece) in tensors.items():
-        _, size = _box(whole, piece)
-        if tuple(tensor.shape) != size:
-            raise AssertionError(f"{name}: the piece is {tuple(tensor.shape)}, its place in {whole} is {size}")
-        if tensor.numel() == 0:
-            continue
-        data[name] = own(tensor.cpu())
-        entries.append(_entry(kind, file, name, tensor.dtype, whole, piece, zlib.crc32(raw_bytes(data[name]))))
-    layout = safetensors_layout(file, {n: (tuple(t.shape), t.dtype) for n, t in data.items()})
-    write_file(layout, folder / file, data)
-    return entries
-
-
-def write_native_manifest(folder: Path, config: LlamaConfig, entries: Iterable[Entry], meta: Mapping[str, Any]) -> None:
-    """Write the manifest over all shards' entries. `meta` is what the run wants back: step, data position, loss scale, ..."""
-    fields = {"format": "pyalpaca", "version": 1, "config": asdict(config), "meta": dict(meta)}
-    lines = ",\n".join(json.dumps(entry) for entry in entries)  # one line each: readable, and short for thousands
-    with atomic_file(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(fields)[:-1] + f', "tensors": [\n{lines}\n]}}\n', encoding="utf-8")
+_STEP = re.compile(r"step_\d+")
 
 
 def write_latest(run: Path, step_folder: str) -> None:
@@ -81,18 +42,33 @@ def write_latest(run: Path, step_folder: str) -> None:
         partial.write_text(step_folder + "\n", encoding="utf-8")
 
 
+def native_steps(run: Path) -> list[Path]:
+    """The step folders of a run, the one that `latest` names first, then the older ones from new to old.
+
+    Newer ones are left out: the run died before `latest` named them, or has been set back. If `latest` is missing or names
+    nothing that is there, all of them.
+    """
+    steps = sorted((p for p in run.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()), reverse=True)
+    named = _latest(run)
+    return [p for p in steps if p.name <= named] if named in {p.name for p in steps} else steps
+
+
 def find_native(path: Path) -> Path | None:
-    """The checkpoint folder that `path` is or, for a run folder, that its `latest` names; None if it is neither."""
+    """The checkpoint folder that `path` is or, for a run folder, that its `latest` names; None if it is neither.
+
+    DamagedError if what `latest` should name is not there.
+    """
     if (path / MANIFEST).is_file():
         return path
-    if not (path / "latest").is_file():
-        return None
-    name = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    if Path(name).name != name or not name.startswith("step_"):
-        return None
-    if not (path / name / MANIFEST).is_file():
-        raise FileNotFoundError(f"{path / name / MANIFEST}: not found, but {path / 'latest'} names it; correct or restore it")
-    return path / name
+    named, steps = _latest(path), native_steps(path)
+    if not steps and not _STEP.fullmatch(named):
+        return None  # others write a `latest` too
+    if not _STEP.fullmatch(named):
+        raise DamagedError(f"{path / 'latest'}: {_instead(path, steps, 'does not name a step of this run')}")
+    if not (path / named / MANIFEST).is_file():
+        problem = f"not found, but {path / 'latest'} names it"
+        raise DamagedError(f"{path / named / MANIFEST}: {_instead(path, [s for s in steps if s.name != named], problem)}")
+    return path / named
 
 
 def read_native_meta(path: Path) -> dict[str, Any]:
@@ -100,66 +76,64 @@ def read_native_meta(path: Path) -> dict[str, Any]:
     return dict(_manifest(path)[1]["meta"])
 
 
+def _latest(run: Path) -> str:
+    file = run / "latest"
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+
+
+def _instead(run: Path, steps: Iterable[Path], problem: str) -> str:
+    """The problem, and which of these steps to use."""
+    whole = next((step for step in steps if _opens(step)), None)
+    return f"{problem}; {f'use {whole}, the last good checkpoint' if whole else f'no earlier checkpoint in {run} is whole'}"
+
+
+def _opens(folder: Path) -> bool:
+    try:
+        for kind in ("model", "optimizer"):
+            read_native_files(folder, kind)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def _naming_another(folder: Path) -> Iterator[None]:
+    """Let what is damaged in a step of a run be one error that says which step to use instead."""
+    try:
+        yield
+    except DamagedError as error:
+        run = folder.parent
+        if not _STEP.fullmatch(folder.name):
+            raise DamagedError(f"{error}; restore it or use another") from None
+        steps = [step for step in native_steps(run) if step.name < folder.name]
+        raise DamagedError(_instead(run, steps, str(error))) from None
+
+
 def _manifest(path: Path) -> tuple[Path, dict[str, Any]]:
     folder = find_native(path)
+    if folder is None and _STEP.fullmatch(path.name) and path.is_dir():
+        folder = path
     if folder is None:
         raise FileNotFoundError(f"{path}: is no checkpoint of a run, expected {MANIFEST} or step_* folders with a `latest` file")
-    fields = read_json(folder / MANIFEST)
-    if fields.get("format") != "pyalpaca" or fields.get("version") != 1:
-        raise ValueError(
-            f"{folder / MANIFEST}: format {fields.get('format')!r} version {fields.get('version')!r}, expected pyalpaca 1"
-        )
-    keys = {"kind", "name", "dtype", "shape", "start", "size", "file", "crc32"}
-    kinds = {"config": dict, "meta": dict, "tensors": list}
-    whole = all(isinstance(fields.get(key), kind) for key, kind in kinds.items())
-    if not whole or not all(isinstance(entry, dict) and set(entry) >= keys for entry in fields["tensors"]):
-        raise ValueError(f"{folder / MANIFEST}: is incomplete, expected config, meta and tensors; use an earlier step")
-    return folder, fields
+    with _naming_another(folder):
+        return folder, read_manifest(folder)
 
 
 def native_tensors(path: Path, kind: str) -> NativeTensors:
     """The `model` or `optimizer` tensors of a native checkpoint or the latest of a run folder.
 
-    Raises ValueError or FileNotFoundError naming a shard that is missing, truncated or damaged, or a tensor that the shards
-    don't cover just once. A checksum is compared when its piece is first read.
+    Raises DamagedError naming a shard that is missing, truncated or damaged, or a tensor that the shards don't cover just
+    once, and the last good step of the run. A checksum is compared when its piece is first read.
     """
-    folder, fields = _manifest(path)
-    entries: dict[str, list[Entry]] = {}
-    for entry in fields["tensors"]:
-        if entry["kind"] == kind:
-            entries.setdefault(entry["name"], []).append(entry)
-    shapes = {name: tuple(of[0]["shape"]) for name, of in entries.items()}
-    for name, of in entries.items():
-        _check_cover(folder, name, shapes[name], of)
-    names = sorted({e["file"] for of in entries.values() for e in of}, key=natural_key)
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{folder / MANIFEST}: names the file {name!r} outside of its own folder; don't trust it")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: not found, but {MANIFEST} names it; restore it or use an earlier step")
-    files = {name: open_tensors(folder / name) for name in names}
-    for of in entries.values():
-        for e in of:
-            if files[e["file"]].shapes.get(e["name"]) != tuple(e["size"]):
-                raise ValueError(
-                    f"{folder / e['file']}: {e['name']} is not the piece that {MANIFEST} describes; use an earlier step"
-                )
-    checked: set[tuple[str, str]] = set()
+    folder = _manifest(path)[0]
+    with _naming_another(folder):
+        tensors = read_native_files(folder, kind)
 
     def read(name: str, piece: Piece | Sequence[Piece] | None) -> Tensor:
-        start, size = _box(shapes[name], piece)
-        hits = [
-            (e, hit) for e in entries[name] if (hit := _overlap((start, size), (tuple(e["start"]), tuple(e["size"])))) is not None
-        ]
-        if len(hits) == 1 and hits[0][1][1] == size:
-            return _read_box(files[hits[0][0]["file"]], hits[0][0], hits[0][1], checked)
-        result = torch.empty(size, dtype=_dtype(entries[name][0]["dtype"]))
-        for e, hit in hits:
-            inner = tuple(slice(a - b, a - b + n) for a, b, n in zip(hit[0], start, hit[1], strict=True))
-            result[inner] = _read_box(files[e["file"]], e, hit, checked)
-        return result
+        with _naming_another(folder):
+            return tensors.read(name, piece)
 
-    return NativeTensors(folder, shapes, {n: _dtype(of[0]["dtype"]) for n, of in entries.items()}, read)
+    return replace(tensors, read=read)
 
 
 def open_native(path: Path) -> Reader:
@@ -210,7 +184,7 @@ def plan_native(reader: Reader, meta: Mapping[str, Any] | None = None) -> Plan:
 
     def finish(folder: Path, checksums: Checksums) -> None:
         entries = [
-            _entry("model", file, name, reader.dtypes[name], reader.shapes[name], None, checksums[file][name])
+            manifest_entry("model", file, name, reader.dtypes[name], reader.shapes[name], None, checksums[file][name])
             for file, names in groups.items()
             for name in names
         ]
@@ -224,85 +198,3 @@ def plan_native(reader: Reader, meta: Mapping[str, Any] | None = None) -> Plan:
 def write_native(reader: Reader, out: str | Path, meta: Mapping[str, Any] | None = None) -> None:
     """Write a reader's model as a native checkpoint."""
     execute(plan_native(reader, meta), out)
-
-
-def _entry(
-    kind: str,
-    file: str,
-    name: str,
-    dtype: torch.dtype,
-    whole: tuple[int, ...],
-    piece: Piece | Sequence[Piece] | None,
-    crc32: int,
-) -> Entry:
-    start, size = _box(whole, piece)
-    return {
-        "kind": kind,
-        "name": name,
-        "dtype": dtype_name(dtype),
-        "shape": list(whole),
-        "start": list(start),
-        "size": list(size),
-        "file": file,
-        "crc32": crc32,
-    }
-
-
-def _dtype(name: str) -> torch.dtype:
-    more = {"float64": torch.float64, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool}
-    known = {**DTYPES, **more}
-    if name not in known:
-        raise ValueError(f"{MANIFEST}: dtype {name!r} is not one of {', '.join(known)}")
-    return known[name]
-
-
-def _box(whole: tuple[int, ...], piece: Piece | Sequence[Piece] | None) -> Box:
-    start, size = [0] * len(whole), list(whole)
-    for dim, a, b in _pieces(piece):
-        start[dim], size[dim] = a, b - a
-    return tuple(start), tuple(size)
-
-
-def _pieces(piece: Piece | Sequence[Piece] | None) -> Sequence[Piece]:
-    if piece is None:
-        return []
-    return [cast(Piece, piece)] if isinstance(piece[0], int) else cast(Sequence[Piece], piece)
-
-
-def _overlap(a: Box, b: Box) -> Box | None:
-    start = tuple(max(x, y) for x, y in zip(a[0], b[0], strict=True))
-    stop = tuple(min(x + n, y + m) for x, n, y, m in zip(*a, *b, strict=True))
-    size = tuple(e - s for s, e in zip(start, stop, strict=True))
-    return (start, size) if all(n > 0 for n in size) else None
-
-
-def _check_cover(folder: Path, name: str, whole: tuple[int, ...], entries: list[Entry]) -> None:
-    boxes = [(tuple(e["start"]), tuple(e["size"])) for e in entries]
-    inside = all(s >= 0 and s + n <= w for start, size in boxes for s, n, w in zip(start, size, whole, strict=True))
-    alike = len({(e["dtype"], tuple(e["shape"])) for e in entries}) == 1
-    twice = any(_overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
-    elements = sum(torch.Size(size).numel() for _, size in boxes)
-    if not inside or not alike or twice or elements != torch.Size(whole).numel():
-        raise ValueError(
-            f"{folder / MANIFEST}: the pieces of {name} hold {elements} of {torch.Size(whole).numel()} elements"
-            f"{' and overlap' if twice else ''}; the checkpoint is incomplete, use an earlier step"
-        )
-
-
-def _read_box(file: TensorFile, entry: Entry, box: Box, checked: set[tuple[str, str]]) -> Tensor:
-    """The box of the whole tensor out of the one piece that holds it; the piece's checksum is compared the first time."""
-    key, name = (entry["file"], entry["name"]), entry["name"]
-    local = [(dim, s - o, s - o + n) for dim, (s, o, n) in enumerate(zip(box[0], entry["start"], box[1], strict=True))]
-    cuts = [(dim, a, b) for dim, a, b in local if b - a < entry["size"][dim]]
-    if key in checked and len(cuts) == 1:
-        return file.read(name, cuts[0])
-    tensor = file.read(name, None)
-    if key not in checked:
-        if zlib.crc32(raw_bytes(tensor)) != entry["crc32"]:
-            raise ValueError(
-                f"{file.path}: {name} has another checksum than {MANIFEST} says; the file is damaged, use an earlier step"
-            )
-        checked.add(key)
-    for dim, a, b in cuts:
-        tensor = tensor.narrow(dim, a, b - a)
-    return tensor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from checkpoint_makers import CONFIG, make_tokenizer, model, tensors
 
 from pyalpaca.checkpoint import (
+    DamagedError,
     digest,
+    native_steps,
     native_tensors,
     open_checkpoint,
     read_native_meta,
@@ -114,7 +118,7 @@ def test_lora_factors_are_merged_as_the_forward_pass_applies_them(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     folder = write_run(tmp_path)
     (folder / "model-tp01_pp00.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-tp01_pp00.safetensors: not found, but manifest.json names it"):
+    with pytest.raises(DamagedError, match=r"model-tp01_pp00.safetensors: not found, but manifest.json names it"):
         open_checkpoint(tmp_path)
 
 
@@ -145,7 +149,7 @@ def test_pieces_that_leave_a_hole_or_overlap_are_refused(tmp_path):
         changed = [
             e if e is not entry else {**e, "start": [start, 0]} for e in fields["tensors"] if not (e is entry and start is None)
         ]
-        (folder / "manifest.json").write_text(json.dumps({**fields, "tensors": changed}))
+        (folder / "manifest.json").write_text(json.dumps({**fields, "version": 1, "tensors": changed}))
         with pytest.raises(ValueError, match=match):
             open_checkpoint(folder)
 
@@ -153,5 +157,70 @@ def test_pieces_that_leave_a_hole_or_overlap_are_refused(tmp_path):
 def test_latest_that_names_nothing_is_refused(tmp_path):
     write_run(tmp_path)
     write_latest(tmp_path, "step_0000099")
-    with pytest.raises(FileNotFoundError, match=r"step_0000099/manifest.json: not found, but .*latest names it"):
+    match = r"step_0000099/manifest.json: not found, but .*latest names it; use .*step_0000010, the last good checkpoint"
+    with pytest.raises(DamagedError, match=match):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("written", ["", "step_", "\0\0", "stfp_0000010"])
+def test_a_latest_that_is_damaged_is_named_with_the_newest_step(tmp_path, written):
+    write_run(tmp_path, step=9)
+    write_run(tmp_path, step=10)
+    (tmp_path / "latest").write_text(written)
+    match = r"latest: does not name a step of this run; use .*step_0000010, the last good checkpoint"
+    with pytest.raises(DamagedError, match=match):
+        open_checkpoint(tmp_path)
+
+
+def test_the_last_good_step_is_named_whatever_lies_between(tmp_path):
+    for step in (10, 20, 30, 40):
+        write_run(tmp_path, step=step)
+    (tmp_path / "step_0000030" / "manifest.json").unlink()
+    shard = tmp_path / "step_0000020" / "optimizer-common.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    damage(tmp_path / "step_0000040" / "manifest.json", -30)
+    match = r"step_0000040/manifest.json: has another checksum than it says.*; use .*step_0000010, the last good checkpoint"
+    with pytest.raises(DamagedError, match=match):
+        open_checkpoint(tmp_path)
+    (tmp_path / "step_0000010" / "manifest.json").unlink()
+    with pytest.raises(DamagedError, match=rf"; no earlier checkpoint in {re.escape(str(tmp_path))} is whole"):
+        open_checkpoint(tmp_path)
+
+
+def damage(path, place, bit=1):
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+
+
+def test_no_bit_of_a_manifest_can_flip_unnoticed(tmp_path):
+    path = write_run(tmp_path, tp=1, pp=1) / "manifest.json"
+    whole, meta = path.read_bytes(), read_native_meta(tmp_path)
+    for place in [*range(0, 400), *range(400, len(whole), 97), *range(len(whole) - 60, len(whole))]:
+        damage(path, place, 1 << place % 8)
+        try:
+            assert (read_native_meta(tmp_path), place) == (meta, len(whole) - 1)  # the line's end may be any white space
+        except DamagedError as error:
+            assert str(error).startswith(f"{path}: ")
+        path.write_bytes(whole)
+    fields = json.loads(whole)
+    assert fields["crc32"] == zlib.crc32(whole[: whole.rindex(b', "crc32"')])
+
+
+def test_a_manifest_of_the_first_version_had_no_checksum(tmp_path):
+    path = write_run(tmp_path) / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["crc32"]
+    path.write_text(json.dumps({**fields, "version": 1}))
+    assert digest(open_checkpoint(tmp_path)) == digest(model())
+    path.write_text(json.dumps(fields))
+    with pytest.raises(DamagedError, match="another checksum"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_step_that_latest_does_not_name_yet_is_no_choice(tmp_path):
+    first, second = write_run(tmp_path, step=10), write_run(tmp_path, step=20)
+    write_latest(tmp_path, first.name)
+    assert native_steps(tmp_path) == [first]
+    (tmp_path / "latest").unlink()
+    assert native_steps(tmp_path) == [second, first]
