@@ -130,6 +130,7 @@ FILE_JOBS = {
     "folder-over-old": Job(_with_files_of_its_own, lambda folder: _write_folder(folder / "out")),
     "folder-behind-a-link": Job(_behind_a_link, lambda folder: _write_folder(folder / "out")),
     "here": Job(_with_files_of_its_own, _write_here),
+    "here-empty": Job(lambda folder: (folder / "out").mkdir(), _write_here),
 }
 
 MODEL_JOBS: dict[str, Callable[[], Job]] = {

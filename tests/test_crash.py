@@ -21,7 +21,7 @@ from pyalpaca.files import MARKERS
 
 pytestmark = pytest.mark.skipif(not supported(), reason="the kernel has no seccomp user notification")
 
-HERE = ("here", "merge-here")
+HERE = ("here", "here-empty", "merge-here")
 """The jobs that write into the working directory, which can't be exchanged: file by file, not at once."""
 
 

@@ -51,7 +51,6 @@ def rename_whole(new: Path, final: Path, written: list[Path], held: list[int]) -
             raise
         return False
     if not empty:
-        sync(final.parent)
         _keep_late(new, final, set(written))
         sync(final)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,11 @@ def test_where_links_cant_be_made_files_are_copied_until_the_folder_is_there(old
 
     before, mine = inode(old), inode(old / "mine")
     monkeypatch.setattr(os, "link", refuse)
+    disk = Disk(monkeypatch)
+    for name in tree(old):
+        sync(old / name)
     write_new(old)
+    assert disk.checks
     assert tree(old) == WRITTEN
     assert inode(old) != before
     assert inode(old / "mine") == mine
@@ -94,6 +99,15 @@ def test_where_a_folder_cant_be_exchanged_files_are_renamed(
     assert inode(old) == before
     assert {path.name for path in old.parent.iterdir()} == others
     assert sorted(path.name for path in old.iterdir()) == ["config.json", "deep", "mine"]
+
+
+def test_a_folder_that_another_process_has_locked_is_not_exchanged(old: Path) -> None:
+    before, other = inode(old), os.open(old, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    write_new(old)
+    os.close(other)
+    assert inode(old) == before
+    assert tree(old) == WRITTEN
 
 
 def test_files_renamed_one_by_one_are_taken_back_after_an_error(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
