@@ -8,7 +8,8 @@
 
 namespace pyalpaca {
 
-// A contiguous tensor like `x` in shape, type and device, not initialised; small ones and other devices as torch has it.
+// A contiguous tensor like `x` in shape, type and device, not initialised; small ones and other devices as torch has
+// it.
 at::Tensor reused_like(const at::Tensor& x);
 
 }  // namespace pyalpaca
