@@ -2,11 +2,8 @@
 
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
-#ifdef __linux__
 #include <sys/mman.h>
-#endif
 
-#include <cstdlib>
 #include <list>
 #include <mutex>
 #include <new>
@@ -37,9 +34,10 @@ class Pool {
         return found;
       }
     }
-    void* data = std::aligned_alloc(kPage, size);
-    if (data == nullptr) throw std::bad_alloc();
-#ifdef __linux__
+    // From the system, not from malloc: what is freed there may stay with the process.
+    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
     madvise(data, size, MADV_HUGEPAGE);  // a wish: where it is not granted, pages are small
 #endif
     return {data, size};
@@ -56,7 +54,7 @@ class Pool {
         surplus.splice(surplus.end(), idle_, std::prev(idle_.end()));
       }
     }
-    for (const Block& old : surplus) std::free(old.data);
+    for (const Block& old : surplus) munmap(old.data, old.size);
   }
 
  private:

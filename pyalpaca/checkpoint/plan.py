@@ -6,11 +6,12 @@ So any layout is written by one engine, tensor by tensor, by several threads, an
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,22 +157,38 @@ def _run(plan: Plan, writers: Mapping[str, _Writer], workers: int, bar: Any) -> 
         return written
 
     running: dict[Future[int], int] = {}
-    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+    with _interrupts_noted() as interrupts, ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         try:
             for step in plan.steps:
                 size = _step_bytes(plan.reader, step)
                 while running and (len(running) >= workers or sum(running.values()) + size > _IN_FLIGHT):
-                    _collect(running, bar)
+                    _collect(running, bar, interrupts)
                 running[pool.submit(work, step)] = size
             while running:
-                _collect(running, bar)
+                _collect(running, bar, interrupts)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _collect(running: dict[Future[int], int], bar: Any) -> None:
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Ctrl-C only notes itself in the list: an exception amid the locks of a thread pool could leave one of them held."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # the only one that may ask for signals
+        yield noted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _collect(running: dict[Future[int], int], bar: Any, interrupts: list[int]) -> None:
     done, _ = wait(running, return_when=FIRST_COMPLETED)
+    if interrupts:
+        raise KeyboardInterrupt
     for future in done:
         del running[future]
         bar.update(future.result())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 from dataclasses import replace
 
@@ -67,6 +69,21 @@ def test_a_step_that_fails_leaves_the_old_result(tmp_path):
     with pytest.raises(ZeroDivisionError):
         execute(plan_conversion(broken, Output("hf")), tmp_path / "out")
     assert snapshot(tmp_path) == before
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
+    source = model()
+
+    def fetch(name, piece):
+        if name == "model.norm.weight":
+            os.kill(os.getpid(), signal.SIGINT)
+        return source.read(name)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan_conversion(replace(source, fetch=fetch), Output("hf")), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_tensors_in_flight_stay_within_the_limit(tmp_path, monkeypatch):
