@@ -1,12 +1,16 @@
-"""All that the model knows of parallelism: a small record of functions, the identity on one device."""
+"""All that the model knows of parallelism: a small record of functions, the plain ones on one device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pyalpaca.model.config import LlamaConfig
+from pyalpaca.model.rope import Rope, rope_table
 
 
 def identity(x: Tensor) -> Tensor:
@@ -25,22 +29,32 @@ def embedding(weight_VD: Tensor, tokens_BS: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Axis:
-    """What tensor parallelism adds to the forward pass; `pyalpaca.parallel` makes one from a process group.
+    """What parallelism adds to the forward pass; `pyalpaca.parallel` makes one from a mesh.
 
-    enter: before a projection cut by output (identity forward, sum of gradients backward).
-    exit: after a projection cut by input (sum forward, identity backward).
-    embedding: look-up in this rank's rows of the embedding, summed over ranks.
-    cross_entropy: per-token loss from this rank's columns of the logits.
+    The residual stream between blocks is whole on every rank, or, with sequence parallelism, cut in `pieces` along the
+    sequence, zeros filling the last one up.
+    enter: before a projection cut by output. Whole stream: identity forward, sum of gradients backward; cut: the pieces
+    gathered forward, the summed gradient's piece backward.
+    exit: after a projection cut by input. Whole stream: sum forward, identity backward; cut: the sum's piece, gathered.
+    embedding: look-up in this rank's rows of the embedding, summed over ranks; cut like the stream.
+    cross_entropy: per-token loss (B, S) from this rank's columns of the logits, of S or (filled up) more positions.
     gather_logits: this rank's columns -> all columns, for sampling; no gradient.
+    rope_table: cos and sin of what attention sees, from its start and the length of the stream on this rank.
     """
 
     rank: int = 0
     size: int = 1
+    pieces: int = 1
     enter: Callable[[Tensor], Tensor] = identity
     exit: Callable[[Tensor], Tensor] = identity
     embedding: Callable[[Tensor, Tensor], Tensor] = embedding
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     gather_logits: Callable[[Tensor], Tensor] = identity
+    rope_table: Callable[[LlamaConfig, int, int, torch.device], Rope] = rope_table
+
+    def length(self, tokens: int) -> int:
+        """The length of the residual stream on this rank, of so many tokens."""
+        return -(-tokens // self.pieces)
 
 
 ONE_DEVICE = Axis()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pyalpaca.model.axis import ONE_DEVICE, Axis
 from pyalpaca.model.config import LlamaConfig
 from pyalpaca.model.params import Tree
-from pyalpaca.model.rope import Rope, rope_table
+from pyalpaca.model.rope import Rope
 from pyalpaca.ops import flash_attention, rms_norm, rope
 
 
@@ -79,7 +79,7 @@ def forward(
     """
     x_BSD = axis.embedding(params["embed"], x) if "embed" in params else x
     start = cache[0].start if cache else 0
-    table = rope_table(config, start, x_BSD.shape[1], x_BSD.device)
+    table = axis.rope_table(config, start, x_BSD.shape[1], x_BSD.device)
     for i, weights in enumerate(params["layers"].values()):
         if recompute:
             x_BSD = checkpoint(layer, weights, x_BSD, table, config, axis, use_reentrant=False)

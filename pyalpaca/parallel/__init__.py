@@ -1,14 +1,16 @@
 """The parallel room: mesh, tensor-parallel axis, pipeline schedules and their interpreter, on torch.distributed."""
 
-from pyalpaca.parallel.axis import tensor_axis
+from pyalpaca.parallel.axis import sequence_parameters, tensor_axis
 from pyalpaca.parallel.collectives import (
     all_gather_columns,
+    all_gather_sequence,
     all_reduce,
     all_reduce_buckets,
     barrier,
     broadcast,
     broadcast_object,
     gather_objects,
+    reduce_scatter_sequence,
 )
 from pyalpaca.parallel.mesh import Mesh, close_mesh, find_device, init_mesh
 from pyalpaca.parallel.pipeline import run_pipeline
@@ -19,6 +21,7 @@ __all__ = [
     "Mesh",
     "Simulation",
     "all_gather_columns",
+    "all_gather_sequence",
     "all_reduce",
     "all_reduce_buckets",
     "barrier",
@@ -29,7 +32,9 @@ __all__ = [
     "gather_objects",
     "init_mesh",
     "one_f_one_b",
+    "reduce_scatter_sequence",
     "run_pipeline",
+    "sequence_parameters",
     "simulate",
     "tensor_axis",
 ]

@@ -1,7 +1,12 @@
-"""The tensor-parallel axis (Shoeybi et al. 2019): what the model's forward pass needs, made from a mesh's process group."""
+"""The tensor-parallel axis (Shoeybi et al. 2019), with or without sequence parallelism (Korthikanti et al. 2022).
+
+It is what the model's forward pass needs of a mesh, made from its process group.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyalpaca.model import ONE_DEVICE, Axis, cut
-from pyalpaca.parallel.collectives import all_gather_columns, all_reduce
+from pyalpaca.model import ONE_DEVICE, Axis, Parameter, cut
+from pyalpaca.parallel.collectives import all_gather_columns, all_gather_sequence, all_reduce, reduce_scatter_sequence
 from pyalpaca.parallel.mesh import Mesh
 
 
@@ -37,6 +42,32 @@ class _Exit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    """The pieces of the sequence gathered forward; this rank's piece of the summed gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather_sequence(x_BSD, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_sequence(grads[0], ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    """This rank's piece of the sum over ranks forward; the gradient's pieces gathered backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_sequence(x_BSD, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_sequence(grads[0], ctx.group), None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -67,25 +98,47 @@ class _CrossEntropy(torch.autograd.Function):
         return (grad * grads[0].where(counted, 0.0).unsqueeze(-1)).to(ctx.dtype), None, None, None
 
 
-def tensor_axis(mesh: Mesh, vocab_size: int) -> Axis:
-    """The Axis of a mesh; vocab_size: of the whole model, cut as the sharding table says (the last rank takes the remainder)."""
+def tensor_axis(mesh: Mesh, vocab_size: int, sequence_parallel: bool = False) -> Axis:
+    """The Axis of a mesh; vocab_size: of the whole model, cut as the sharding table says (the last rank takes the remainder).
+
+    sequence_parallel: the residual stream is cut along the sequence (training only; gradients: see `sequence_parameters`).
+    A length that tp does not divide is filled up with zeros, which causal attention keeps from the tokens before them.
+    """
     group = mesh.tp_group
     if group is None:
         return ONE_DEVICE
     shares = [cut(vocab_size, rank, mesh.tp, uneven=True) for rank in range(mesh.tp)]
     start, stop = shares[mesh.tp_rank]
 
-    def embedding(weight_VD: Tensor, tokens_BS: Tensor) -> Tensor:
+    def rows(weight_VD: Tensor, tokens_BS: Tensor) -> Tensor:
         mine = (tokens_BS >= start) & (tokens_BS < stop)
-        rows_BSD = F.embedding((tokens_BS - start).where(mine, 0), weight_VD)
-        return _Exit.apply(rows_BSD * mine.unsqueeze(-1), group)
+        return F.embedding((tokens_BS - start).where(mine, 0), weight_VD) * mine.unsqueeze(-1)
 
-    return Axis(
+    def filled(x_BSD: Tensor) -> Tensor:
+        return F.pad(x_BSD, (0, 0, 0, -x_BSD.shape[1] % mesh.tp))
+
+    whole = Axis(
         rank=mesh.tp_rank,
         size=mesh.tp,
         enter=lambda x: _Enter.apply(x, group),
         exit=lambda x: _Exit.apply(x, group),
-        embedding=embedding,
+        embedding=lambda weight, tokens: _Exit.apply(rows(weight, tokens), group),
         cross_entropy=lambda logits, labels: _CrossEntropy.apply(logits, labels, start, group),
         gather_logits=lambda x: all_gather_columns(x, [b - a for a, b in shares], group),
     )
+    if not sequence_parallel:
+        return whole
+    return replace(
+        whole,
+        pieces=mesh.tp,
+        enter=lambda x: _Gather.apply(x, group),
+        exit=lambda x: _Scatter.apply(x, group),
+        embedding=lambda weight, tokens: _Scatter.apply(filled(rows(weight, tokens)), group),
+        cross_entropy=lambda logits, labels: _CrossEntropy.apply(logits[:, : labels.shape[1]], labels, start, group),
+        rope_table=lambda config, at, length, device: ONE_DEVICE.rope_table(config, at, length * mesh.tp, device),
+    )
+
+
+def sequence_parameters(table: Iterable[Parameter]) -> list[Parameter]:
+    """The table under sequence parallelism: norms see a piece of the sequence, so each rank's gradient is only a summand."""
+    return [replace(p, partial_grad=True) if p.dim is None and len(p.shape) == 1 else p for p in table]

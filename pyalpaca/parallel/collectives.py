@@ -54,6 +54,21 @@ def all_gather_columns(x: Tensor, sizes: list[int], group: dist.ProcessGroup) ->
     return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
 
+def all_gather_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' pieces (B, S, D) one after the other: (B, ranks x S, D)."""
+    parts = [torch.empty_like(x_BSD, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, x_BSD.contiguous(), group)
+    return torch.cat(parts, 1)
+
+
+def reduce_scatter_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's piece (B, S / ranks, D) of the sum over the group of (B, S, D); S is a multiple of the ranks."""
+    parts = [part.contiguous() for part in x_BSD.chunk(group.size(), 1)]
+    piece = torch.empty_like(parts[0])
+    dist.reduce_scatter(piece, parts, group=group)
+    return piece
+
+
 def broadcast(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The x of the group's first rank, on every rank."""
     if group is not None:

@@ -76,7 +76,7 @@ def gradients(
         one_f_one_b(mesh.pp_rank, mesh.pp, len(tokens_NBS)),
         forward_stage,
         list(wanted.values()),
-        (*tokens_NBS.shape[1:], setup.model.hidden_size),
+        (tokens_NBS.shape[1], setup.axis.length(tokens_NBS.shape[2]), setup.model.hidden_size),
         next(iter(leaves.values())).dtype,
         mesh,
     )

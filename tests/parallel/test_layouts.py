@@ -26,6 +26,11 @@ def reference(config: TrainConfig) -> torch.Tensor:
     return torch.tensor(losses(config, MODEL, STEPS))
 
 
+def close(found: list[tuple[float, float]], expected: torch.Tensor) -> None:
+    """Losses and gradient norms are equal to 1e-5, step by step."""
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("tp", "pp", "world"),
     [
@@ -43,6 +48,21 @@ def reference(config: TrainConfig) -> torch.Tensor:
 def test_losses_equal_those_of_one_process(tp: int, pp: int, world: int) -> None:
     for found in launch(world, losses, replace(FULL, tp=tp, pp=pp), MODEL, STEPS):
         torch.testing.assert_close(torch.tensor(found), reference(FULL), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "tp", "pp"),
+    [
+        pytest.param(FULL, 2, 1, id="tp2 sp"),
+        pytest.param(FULL, 4, 1, id="tp4 sp"),
+        pytest.param(FULL, 2, 2, id="tp2 pp2 sp"),
+        pytest.param(replace(FULL, recompute="full"), 2, 1, id="tp2 sp recomputed"),
+        pytest.param(LORA, 2, 1, id="tp2 sp lora"),
+    ],
+)
+def test_sequence_parallelism_changes_no_loss(config: TrainConfig, tp: int, pp: int) -> None:
+    for found in launch(tp * pp, losses, replace(config, tp=tp, pp=pp), MODEL, STEPS, True):
+        close(found, reference(config))
 
 
 def test_the_reference_learns() -> None:

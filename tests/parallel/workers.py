@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import LlamaConfig, flatten, init, parameters
-from pyalpaca.parallel import init_mesh, tensor_axis
+from pyalpaca.parallel import init_mesh, sequence_parameters, tensor_axis
 from pyalpaca.train import TrainConfig
 from pyalpaca.train.loop import plan, start
 from pyalpaca.train.step import train_step
@@ -25,10 +27,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), columns.grad
 
 
-def losses(config: TrainConfig, model: LlamaConfig, steps: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step of a training from the seed's initial weights on the seed's random tokens."""
+def losses(config: TrainConfig, model: LlamaConfig, steps: int, sequence_parallel: bool = False) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step of a training from the seed's initial weights on the seed's random tokens.
+
+    Samples have 11 tokens, which no tensor-parallel size divides.
+    """
     mesh = init_mesh(config.tp, config.pp)
     setup = plan(model, config, mesh)
+    if sequence_parallel:
+        table = {p.path: p for p in sequence_parameters(setup.table.values())}
+        setup = replace(setup, axis=tensor_axis(mesh, model.vocab_size, sequence_parallel=True), table=table)
     whole = flatten(init(parameters(model), seed=7))
     state = start(config, setup, memory_reader(model, {p.name: whole[p.path] for p in parameters(model)}))
     found = []
