@@ -7,7 +7,7 @@ No torch here: the table is about names and numbers only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pyalpaca.model.config import LlamaConfig
@@ -124,8 +124,18 @@ def shard(parameter: Parameter, rank: int, ranks: int) -> tuple[int, int, int] |
     return parameter.dim, start, stop
 
 
-def stage_layers(num_layers: int, stage: int, stages: int) -> range:
-    """The layers of a pipeline stage: contiguous, as even as possible."""
+def stage_layers(num_layers: int, stage: int, stages: int, counts: Sequence[int] = ()) -> range:
+    """The layers of a pipeline stage: contiguous; as many as `counts` says of each stage, else as even as possible.
+
+    ValueError if a stage has none, or `counts` does not fit.
+    """
+    if counts:
+        if len(counts) != stages or sum(counts) != num_layers or min(counts) < 1:
+            raise ValueError(
+                f"layers per stage {','.join(map(str, counts))} are {sum(counts)} on {len(counts)} stages, "
+                f"expected {num_layers} on {stages}, at least 1 each"
+            )
+        return range(sum(counts[:stage]), sum(counts[: stage + 1]))
     if num_layers < stages:
         raise ValueError(
             f"{num_layers} layers can't fill {stages} pipeline stages; choose a pipeline-parallel size of at most {num_layers}"
@@ -133,11 +143,27 @@ def stage_layers(num_layers: int, stage: int, stages: int) -> range:
     return range(stage * num_layers // stages, (stage + 1) * num_layers // stages)
 
 
-def stage_parameters(table: Iterable[Parameter], num_layers: int, stage: int, stages: int) -> list[Parameter]:
-    """The parameters that a pipeline stage holds: its layers; the first also the embedding, the last also final norm and head."""
-    layers = stage_layers(num_layers, stage, stages)
+def stage_parameters(
+    table: Iterable[Parameter], num_layers: int, stage: int, stages: int, counts: Sequence[int] = ()
+) -> list[Parameter]:
+    """The parameters that a pipeline stage holds: its layers; the first also the embedding, the last also final norm and head.
+
+    counts: see `stage_layers`.
+    """
+    layers = stage_layers(num_layers, stage, stages, counts)
     ends = {"embed": stage == 0, "norm": stage == stages - 1, "head": stage == stages - 1}
     return [p for p in table if (ends[p.path] if p.layer is None else p.layer in layers)]
+
+
+def chunk_parameters(
+    table: Iterable[Parameter], num_layers: int, stage: int, stages: int, chunks: int, counts: Sequence[int] = ()
+) -> list[list[Parameter]]:
+    """The parameters of each chunk of an interleaved stage: chunk c is stage c * stages + stage of stages * chunks.
+
+    counts: see `stage_layers`, of the stages * chunks virtual stages.
+    """
+    whole = list(table)
+    return [stage_parameters(whole, num_layers, c * stages + stage, stages * chunks, counts) for c in range(chunks)]
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -12,12 +12,24 @@ from pyalpaca.parallel.collectives import (
     gather_objects,
     reduce_scatter_sequence,
 )
+from pyalpaca.parallel.deferred import Deferred, give
 from pyalpaca.parallel.mesh import Mesh, close_mesh, find_device, init_mesh
 from pyalpaca.parallel.pipeline import run_pipeline
-from pyalpaca.parallel.schedule import Action, Simulation, one_f_one_b, simulate
+from pyalpaca.parallel.schedule import (
+    SCHEDULES,
+    Action,
+    Simulation,
+    interleaved,
+    one_f_one_b,
+    pipeline_schedule,
+    simulate,
+    zb_h1,
+)
 
 __all__ = [
+    "SCHEDULES",
     "Action",
+    "Deferred",
     "Mesh",
     "Simulation",
     "all_gather_columns",
@@ -30,11 +42,15 @@ __all__ = [
     "close_mesh",
     "find_device",
     "gather_objects",
+    "give",
     "init_mesh",
+    "interleaved",
     "one_f_one_b",
+    "pipeline_schedule",
     "reduce_scatter_sequence",
     "run_pipeline",
     "sequence_parameters",
     "simulate",
     "tensor_axis",
+    "zb_h1",
 ]

@@ -55,8 +55,8 @@ class Mesh:
         return self.pp_rank == self.pp - 1
 
     def stage_neighbour(self, step: int) -> int:
-        """The global rank of the same tp and dp rank, `step` pipeline stages further."""
-        return self.rank + step * self.tp * self.dp
+        """The global rank of the same tp and dp rank, `step` pipeline stages further; after the last comes the first."""
+        return (self.rank + step * self.tp * self.dp) % self.world
 
 
 def find_device() -> torch.device:

@@ -47,7 +47,7 @@ def run_pipeline(
         dist.recv(x, mesh.stage_neighbour(step), mesh.pp_group, tag=2 * micro_batch + (step > 0))
         return x
 
-    for kind, i in actions:
+    for kind, i, _ in actions:
         if kind == "forward":
             x = None if mesh.first_stage else receive(-1, i).requires_grad_()
             y = forward_stage(i, x)
