@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all lint format check-vectors check-ascend clean
 
 help:
 	@echo "make demo      set up, then walk the whole road on a small model"
@@ -12,6 +12,8 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff, mypy, clang-format; changes nothing"
 	@echo "make format    bring every file into the house's form"
+	@echo "make check-vectors VECTORS=FILE  replay recorded Ascend C calls on the emulation"
+	@echo "make check-ascend  compile the NPU's host code against torch_npu's headers (downloaded once), run the kernels' tests"
 	@echo "make clean     remove the environment and all that was built"
 
 setup: .venv/.ready
@@ -39,6 +41,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+VECTORS ?= tests/data/ascend_c_vectors.jsonl
+
+check-vectors: setup
+	$(BIN)/python tests/ascend/check_vectors.py $(VECTORS)
+
+check-ascend: setup
+	$(BIN)/python tests/ascend/check_headers.py
+	$(BIN)/python -m pytest tests/ascend
 
 format: setup
 	$(BIN)/ruff check --fix .

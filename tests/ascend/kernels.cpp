@@ -1,4 +1,6 @@
 // The kernels as they are, known to the emulation by name, and their tiling for Python.
+#include "ascend/launch/kernels.h"
+
 #include "ascend/kernels/rms_norm.cpp"
 #include "ascend/kernels/rms_norm_backward.cpp"
 #include "ascend/kernels/rope.cpp"
@@ -11,6 +13,22 @@
   EMU_KERNEL(rms_norm_backward_##type) \
   EMU_KERNEL(rms_norm_dgamma_##type)   \
   EMU_KERNEL(rope_##type)
+// A launch takes what its kernel takes; a pointer as void*.
+template <typename... Args, typename... Given>
+constexpr bool matches(void (*)(Args...), uint32_t (*)(uint32_t, aclrtStream, Given...)) {
+  return sizeof...(Args) == sizeof...(Given) &&
+         (((__is_same(Args, GM_ADDR) && __is_same(Given, void*)) || __is_same(Args, Given)) && ...);
+}
+#define SAME_ARGUMENTS(kernel) static_assert(matches(kernel, aclrtlaunch_##kernel), #kernel);
+#define LAUNCHES_OF(type)                  \
+  SAME_ARGUMENTS(rms_norm_##type)          \
+  SAME_ARGUMENTS(rms_norm_backward_##type) \
+  SAME_ARGUMENTS(rms_norm_dgamma_##type)   \
+  SAME_ARGUMENTS(rope_##type)
+LAUNCHES_OF(half)
+LAUNCHES_OF(bfloat16)
+LAUNCHES_OF(float)
+
 KERNELS_OF(half)
 KERNELS_OF(bfloat16)
 KERNELS_OF(float)

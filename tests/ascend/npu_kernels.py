@@ -1,4 +1,4 @@
-"""The kernels of csrc/ascend as functions on tensors, cut as their tiling says and run on the emulation."""
+"""The kernels of csrc/ascend as functions on tensors, cut as their tiling says (or as `tile` does) and run on the emulation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 KERNELS = Path(__file__).resolve().parents[2] / "csrc/ascend"
 NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
-Tilings = dict[str, tuple[int, ...]]
 
 
-def kernel_library() -> ctypes.CDLL:
-    headers = [*sorted(KERNELS.glob("kernels/*")), *sorted(KERNELS.glob("tiling/*"))]
-    return build_library([Path(__file__).with_name("kernels.cpp")], headers=headers)
+def kernel_library(more: Sequence[Path] = ()) -> ctypes.CDLL:
+    """The kernels, known by their names, and those in the files `more`."""
+    headers = [*sorted(KERNELS.glob("*/*.h")), *sorted(KERNELS.glob("kernels/*.cpp"))]
+    stand_in = Path(__file__).with_name("stand_in")
+    return build_library([Path(__file__).with_name("kernels.cpp"), *more], [f"-I{stand_in}"], headers)
 
 
 def tiling(library: ctypes.CDLL, name: str, *arguments: int) -> tuple[int, ...]:
@@ -28,14 +29,22 @@ def tiling(library: ctypes.CDLL, name: str, *arguments: int) -> tuple[int, ...]:
 
 
 def rms_norm(
-    library: ctypes.CDLL, x: Tensor, gamma: Tensor, eps: float, residual: Tensor | None = None, seed: int = 0, cores: int = 8
+    library: ctypes.CDLL,
+    x: Tensor,
+    gamma: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    seed: int = 0,
+    cores: int = 8,
+    prefix: str = "",
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h and rstd of rows x (N, D); h is x where there is no residual."""
     (rows, width), size = x.shape, x.element_size()
     used, tile_rows, _, _ = tiling(library, "rms_norm", rows, width, size, int(residual is not None), cores)
     out = launch(
         library,
-        f"rms_norm_{NAMES[x.dtype]}",
+        f"{prefix}rms_norm_{NAMES[x.dtype]}",
         used,
         {
             "x": x,
@@ -47,7 +56,7 @@ def rms_norm(
             "rows": rows,
             "stride": width,
             "width": width,
-            "tile_rows": tile_rows,
+            "tile_rows": tile or tile_rows,
             "eps": float(eps),
             "inverse_width": 1.0 / width,
         },
@@ -65,13 +74,15 @@ def rms_norm_backward(
     dsum: Tensor | None = None,
     seed: int = 0,
     cores: int = 8,
+    prefix: str = "",
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx and dgamma, the latter in the type of x."""
     (rows, width), size, name = x.shape, x.element_size(), NAMES[x.dtype]
     used, tile_rows, buffers, _ = tiling(library, "rms_norm_backward", rows, width, size, 0, cores)
     first = launch(
         library,
-        f"rms_norm_backward_{name}",
+        f"{prefix}rms_norm_backward_{name}",
         used,
         {
             "dy": dy,
@@ -85,7 +96,7 @@ def rms_norm_backward(
             "dy_stride": width,
             "x_stride": width,
             "width": width,
-            "tile_rows": tile_rows,
+            "tile_rows": tile or tile_rows,
             "buffers": buffers,
             "inverse_width": 1.0 / width,
         },
@@ -94,7 +105,7 @@ def rms_norm_backward(
     second_cores, columns, _, _ = tiling(library, "dgamma", used, width, 0, 0, cores)
     second = launch(
         library,
-        f"rms_norm_dgamma_{name}",
+        f"{prefix}rms_norm_dgamma_{name}",
         second_cores,
         {"parts": first["parts"], "dgamma": Output((width,), x.dtype), "num_parts": used, "width": width, "columns": columns},
         seed,
@@ -113,6 +124,8 @@ def rope(
     inverse: bool = False,
     seed: int = 0,
     cores: int = 8,
+    prefix: str = "",
+    tile: tuple[int, int] | None = None,
 ) -> Sequence[Tensor]:
     """q and k turned, out of a fused projection (N, (H + 2K) d); with `cache` = (slots, k, v) the two caches too."""
     (tokens, stride), size, (q_heads, k_heads) = qkv.shape, qkv.element_size(), heads
@@ -120,6 +133,7 @@ def rope(
     used, tile_tokens, tile_heads, _ = tiling(
         library, "rope", tokens, q_heads, k_heads, head_dim, size, int(cache is not None), cores
     )
+    tile_tokens, tile_heads = tile or (tile_tokens, tile_heads)
     q_width, k_width = q_heads * head_dim, k_heads * head_dim
     slots, k_cache, v_cache = cache if cache is not None else (None, None, None)
     # One tensor, three pointers into it: what a fused projection is.
@@ -134,5 +148,7 @@ def rope(
     arguments |= {"period": cos.shape[0], "q_heads": q_heads, "k_heads": k_heads, "head_dim": head_dim}
     arguments |= {"tile_tokens": tile_tokens, "tile_heads": tile_heads, "inverse": int(inverse)}
     inside = {"k": ("q", q_width * size), "v": ("q", (q_width + k_width) * size)}
-    out = launch(library, f"rope_{NAMES[qkv.dtype]}", used, arguments, seed, in_place=("k_cache", "v_cache"), inside=inside)
+    out = launch(
+        library, f"{prefix}rope_{NAMES[qkv.dtype]}", used, arguments, seed, in_place=("k_cache", "v_cache"), inside=inside
+    )
     return [out[name] for name in ("q_out", "k_out", "k_cache", "v_cache") if name in out]

@@ -172,6 +172,9 @@ def test_rope_without_a_cache_and_infinities(library: ctypes.CDLL) -> None:
     cos, sin = angles(9, 64)
     qkv = random(9, 6 * 64, dtype=torch.float16)
     qkv[3, 10], qkv[4, 300] = float("inf"), float("nan")
+    alone = rope(library, qkv, (4, 0), cos, sin)
+    assert alone[1].shape == (9, 0, 64)
+    assert torch.equal(alone[0].nan_to_num(7), rope(library, qkv, (4, 1), cos, sin)[0].nan_to_num(7))
     q, k = rope(library, qkv, (4, 1), cos, sin)
     for x, part in ((q, qkv[:, :256]), (k, qkv[:, 256:320])):
         wanted = reference.rope(part.reshape(1, 9, -1, 64).double(), cos.double(), sin.double())[0]

@@ -3,20 +3,8 @@
 
 #include <ATen/ops/zeros_like.h>
 
+#include "ascend/launch/kernels.h"
 #include "ascend/launch/launch.h"
-
-extern "C" {
-#define PYALPACA_DECLARE(type)                                                                                       \
-  uint32_t aclrtlaunch_rms_norm_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, int64_t,     \
-                                       int64_t, int32_t, int32_t, float, float);                                     \
-  uint32_t aclrtlaunch_rms_norm_backward_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*,     \
-                                                void*, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t, float); \
-  uint32_t aclrtlaunch_rms_norm_dgamma_##type(uint32_t, aclrtStream, void*, void*, int32_t, int32_t, int32_t);
-PYALPACA_DECLARE(half)
-PYALPACA_DECLARE(bfloat16)
-PYALPACA_DECLARE(float)
-#undef PYALPACA_DECLARE
-}
 
 namespace pyalpaca_npu {
 namespace {

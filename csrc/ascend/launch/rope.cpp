@@ -1,18 +1,8 @@
 // rope on an NPU: of one tensor, of q and k in one launch, and of q and k while k and v go into a cache.
 #include "ascend/tiling/rope.h"
 
+#include "ascend/launch/kernels.h"
 #include "ascend/launch/launch.h"
-
-extern "C" {
-#define PYALPACA_DECLARE(type)                                                                                         \
-  uint32_t aclrtlaunch_rope_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, void*, void*,      \
-                                   void*, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
-                                   int64_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
-PYALPACA_DECLARE(half)
-PYALPACA_DECLARE(bfloat16)
-PYALPACA_DECLARE(float)
-#undef PYALPACA_DECLARE
-}
 
 namespace pyalpaca_npu {
 namespace {

@@ -1,0 +1,22 @@
+// The launches that the toolkit generates for our kernels, as it declares them: blocks, stream, the kernel's arguments.
+#pragma once
+
+#include <acl/acl_base_rt.h>
+
+#include <cstdint>
+
+extern "C" {
+#define PYALPACA_DECLARE(type)                                                                                         \
+  uint32_t aclrtlaunch_rms_norm_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, int64_t,       \
+                                       int64_t, int32_t, int32_t, float, float);                                       \
+  uint32_t aclrtlaunch_rms_norm_backward_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*,       \
+                                                void*, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t, float);   \
+  uint32_t aclrtlaunch_rms_norm_dgamma_##type(uint32_t, aclrtStream, void*, void*, int32_t, int32_t, int32_t);         \
+  uint32_t aclrtlaunch_rope_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, void*, void*,      \
+                                   void*, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
+                                   int64_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
+PYALPACA_DECLARE(half)
+PYALPACA_DECLARE(bfloat16)
+PYALPACA_DECLARE(float)
+#undef PYALPACA_DECLARE
+}

@@ -1,0 +1,123 @@
+"""The kernels with one thing spoilt each: a flag dropped, a buffer too short, an offset shifted, a tail skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulation import BUILD
+from npu_kernels import KERNELS
+
+# Which kernels a file is part of.
+FILES = {
+    "rms_norm.cpp": ("rms_norm",),
+    "rms_norm_backward.cpp": ("rms_norm_backward",),
+    "rope.cpp": ("rope",),
+    "rows.h": ("rms_norm", "rms_norm_backward"),
+    "common.h": ("rms_norm", "rms_norm_backward", "rope"),
+}
+FLAG = re.compile(r"(?:Set|Wait)Flag<[^;]*;")
+BUFFER = re.compile(r"(InitBuffer\(\w+, )([^;]*)\);")
+SUBSCRIPT = re.compile(r"(?<=[\w)])\[([^\[\]]*)\]")
+TAILS = [  # what takes a rest into account, and what does not
+    (re.compile(r"tile\.width - column < (\w+) \? tile\.width - column : \w+"), r"\1"),
+    (re.compile(r"\w+\.end - row < tile_rows_ \? [^:]* : tile_rows_"), "tile_rows_"),
+    (re.compile(r"if \(rest > 0\)"), "if (false)"),
+    (re.compile(r"row < range_\.end;"), "row + tile_rows_ <= range_.end;"),
+    (re.compile(r"count - at < chunk \? count - at : chunk"), "chunk"),
+    (re.compile(r"width - begin < columns \? width - begin : columns"), "columns"),
+    (re.compile(r"shape_\.tokens - token_ < shape_\.tile_tokens \? [^:]*: shape_\.tile_tokens"), "shape_.tile_tokens"),
+    (re.compile(r"heads_ - first_ < shape_\.tile_heads \? heads_ : "), ""),
+    (re.compile(r"\(value \+ step - 1\) / step"), "value / step"),
+    (re.compile(r"\(core < more \? 1 : 0\)"), "0"),
+    (re.compile(r"\(heads_ \+ shape_\.tile_heads - 1\) /"), "heads_ /"),
+    (re.compile(r"\(shape_\.tokens \+ shape_\.tile_tokens - 1\) /"), "shape_.tokens /"),
+]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file: `text` in place of the characters [start, end), and of those of `also`."""
+
+    kind: str
+    file: str
+    start: int
+    end: int
+    text: str
+    line: int
+    also: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.file}:{self.line} -> {self.text!r}"
+
+
+def code_of(file: str) -> str:
+    """The source without comments, each replaced by spaces: a place keeps its line."""
+    text = (KERNELS / "kernels" / file).read_text()
+    return re.sub(r"//[^\n]*", lambda comment: " " * len(comment.group()), text)
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    text = code_of(file)
+    found: list[Mutant] = []
+
+    def add(kind: str, start: int, end: int, new: str) -> None:
+        found.append(Mutant(kind, file, start, end, new, text.count("\n", 0, start) + 1))
+
+    for match in FLAG.finditer(text):
+        add("flag", *match.span(), ";")
+    pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}  # all uses of a flag: what is left is paired, and wrong
+    for match in FLAG.finditer(text):
+        if event := re.search(r"<(HardEvent::\w+)>\((\w+)", match.group()):
+            pairs.setdefault((event[1], event[2]), []).append(match.span())
+    for (start, end), *rest in pairs.values():
+        found.append(Mutant("pair", file, start, end, ";", text.count("\n", 0, start) + 1, tuple(rest)))
+    for match in BUFFER.finditer(text):
+        add("buffer", *match.span(), f"{match[1]}{match[2]} - 32);")
+    for match in SUBSCRIPT.finditer(text):
+        before = re.search(r"(\w+)\W*$", text[: match.start()])
+        declared = re.fullmatch(r"\d", match[1]) is not None
+        if declared or (before and re.fullmatch(r"(filled|computed|emptied|v_filled)_", before[1])):
+            continue  # a declaration, or the number of a flag
+        add("offset", *match.span(), f"[{match[1]} + 8]")
+    for pattern, new in TAILS:
+        for match in pattern.finditer(text):
+            add("tail", *match.span(), match.expand(new))
+    return found
+
+
+def source_of(mutant: Mutant, number: int) -> str:
+    """The kernels of a mutant in a namespace of their own, known to the emulation as mNUMBER_NAME."""
+    parts = []
+    for file in ("common.h", "rows.h", *(f"{kernel}.cpp" for kernel in FILES[mutant.file])):
+        text = code_of(file)
+        if file == mutant.file:
+            for start, end in sorted([(mutant.start, mutant.end), *mutant.also], reverse=True):
+                text = text[:start] + mutant.text + text[end:]
+        text = re.sub(r"^#(?:pragma once|include .*)$", "", text, flags=re.M).replace('extern "C" ', "inline ")
+        parts.append(re.sub(r"^PYALPACA_\w+\(\w+, bfloat16_t\)$", "", text, flags=re.M))
+    names = [f"{kernel}_{dtype}" for kernel in FILES[mutant.file] for dtype in ("half", "float")]
+    if "rms_norm_backward" in FILES[mutant.file]:
+        names += ["rms_norm_dgamma_half", "rms_norm_dgamma_float"]
+    known = [
+        f'static const emu::Registration r_{name}("m{number}_{name}", [](const uint64_t* w) {{ emu::call_with<{name}>(w, {name}, '
+        f"emu::word_indices<{name}>({name})); }}, emu::num_words<{name}>({name}));"
+        for name in names
+    ]
+    undefined = [f"#undef {name}" for name in re.findall(r"#define (\w+)", "\n".join(parts))]
+    return "\n".join([f"namespace m{number} {{", *parts, *known, "}", *undefined, ""])
+
+
+def write_sources(mutants: list[Mutant], per_file: int = 12) -> list[Path]:
+    """Files that hold all mutants, numbered as in the list."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sources = []
+    for start in range(0, len(mutants), per_file):
+        part = [source_of(mutant, start + i) for i, mutant in enumerate(mutants[start : start + per_file])]
+        text = "\n".join(['#include "emu/host.h"', '#include "kernel_operator.h"', *part])
+        source = BUILD / f"mutants-{hashlib.sha256(text.encode()).hexdigest()[:20]}.cpp"
+        source.write_text(text)
+        sources.append(source)
+    return sources
