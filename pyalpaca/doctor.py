@@ -13,6 +13,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from pyalpaca import __version__
+from pyalpaca.bench.machine import cores, processor
 
 _PACKAGES = ("torch", "torch_npu", "numpy", "sentencepiece", "safetensors", "matplotlib", "transformers", "peft", "deepspeed")
 
@@ -34,17 +35,6 @@ def _first_line(command: list[str]) -> str:
         return f"does not run ({error})"
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines[0] if lines else f"runs, status {done.returncode}"
-
-
-def _processor() -> str:
-    """The processor's name as Linux gives it; elsewhere what Python knows."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith(("model name", "CPU part"))]
-    except OSError:
-        names = []
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
 def _npu() -> str:
@@ -71,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [("pyalpaca", __version__), ("Python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     rows += [
-        ("processor", _processor()),
+        ("processor", f"{processor()}, {cores()} cores"),
         ("torch threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')})"),
         ("torch kernels", torch.backends.cpu.get_cpu_capability()),
         ("CUDA", f"{torch.cuda.device_count()} devices" if torch.cuda.is_available() else "none"),

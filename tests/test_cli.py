@@ -195,3 +195,13 @@ def test_heads_that_tp_does_not_divide_end_every_process(road: Path) -> None:
         what = "model.layers.0.self_attn.q_proj.weight: 4 heads can't be cut in 3 equal parts"
         assert err == f"error: {road / 'hf'}: {what}; choose a tensor-parallel size that divides it\n"
     assert sorted(road.rglob("*")) == before
+
+
+def test_the_choices_that_the_commands_offer_are_those_there_are() -> None:
+    """They are written down twice, so that `--help` need not load torch."""
+    from pyalpaca.checkpoint import LAYOUTS
+    from pyalpaca.checkpoint.container.torch_layout import CONTAINERS
+    from pyalpaca.commands import convert, writing
+
+    assert convert.LAYOUTS == LAYOUTS
+    assert writing.CONTAINERS == CONTAINERS

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pyalpaca.files import sync
+from pyalpaca.files import free_space, human_size, sync
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _CHUNK = 8 << 20
@@ -31,11 +31,10 @@ def total_size(paths: Iterable[Path]) -> int:
 
 def require_space(folder: Path, needed: int) -> None:
     """ValueError if the disk of `folder`, which need not exist yet, has less than `needed` bytes free."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < needed:
         raise ValueError(
-            f"{folder}: the benchmark needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; "
+            f"{folder}: the benchmark needs {human_size(needed)}, {human_size(free)} are free there; "
             f"choose a smaller --scale or another --work-dir"
         )
 

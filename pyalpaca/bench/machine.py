@@ -21,8 +21,8 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cpu": processor(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.release()}",
@@ -64,7 +64,12 @@ def _median_seconds(call: Callable[[], object], seconds: float) -> float:
     return statistics.median(times)
 
 
-def _processor() -> str:
+def cores() -> int | None:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+def processor() -> str:
     """The processor's name as Linux gives it; elsewhere what Python knows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []

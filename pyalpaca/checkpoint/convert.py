@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,19 @@ from pyalpaca.checkpoint.plan import Plan, execute
 LAYOUTS = ("hf", "meta", "megatron", "deepspeed", "native", "gguf")
 _GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _QUANTIZED = [kind for kind in GGUF_TYPES if kind not in _GGUF_DTYPES.values()]
+_PARALLEL = ("megatron", "deepspeed")
+_USED_BY = {
+    **dict.fromkeys(("tp", "pp", "dialect", "merge_mlp", "divisible_by", "padding"), _PARALLEL),
+    "weights": ("hf",),
+    "max_shard_size": ("hf",),
+    "num_shards": ("meta",),
+    "container": ("hf", "meta", *_PARALLEL),
+}
 
 
 @dataclass(frozen=True)
 class Output:
-    """How a model is to be written; what a layout has no use for is ignored.
+    """How a model is to be written; ValueError for a setting that the layout has no use for.
 
     dtype: of all tensors; None: as they are; gguf also `q8_0` and `q4_0`.
     tp, pp, dialect, merge_mlp, divisible_by, padding: megatron and deepspeed.
@@ -44,12 +53,22 @@ class Output:
     num_shards: int | None = None
     container: str = DEFAULT_CONTAINER
 
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is not one of {', '.join(LAYOUTS)}")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value != f.default and self.layout not in _USED_BY.get(f.name, LAYOUTS):
+                raise ValueError(
+                    f"{f.name.replace('_', ' ')} {value} is for {', '.join(_USED_BY[f.name])}; the layout {self.layout} has no "
+                    f"use for it, leave it out"
+                )
+
 
 def plan_conversion(reader: Reader, output: Output) -> Plan:
     """The plan that writes a reader's model. ValueError for a model that can't be written so."""
     dtypes = [*DTYPES, *_QUANTIZED] if output.layout == "gguf" else DTYPES
     for what, value, known in (
-        ("layout", output.layout, LAYOUTS),
         ("dtype", output.dtype or "float16", dtypes),
         ("container", output.container, CONTAINERS),
     ):

@@ -173,6 +173,8 @@ def plan_hf(
     """
     if weights not in KINDS:
         raise ValueError(f"weights {weights!r} are not one of {', '.join(KINDS)}")
+    if weights != "bin" and container != DEFAULT_CONTAINER:
+        raise ValueError(f"container {container} is for files of torch.save, {weights} are written; choose weights bin")
     place = dict(files) if files else plan_shards(reader, weights, max_shard_size)
     layouts = []
     for file in sorted(set(place.values()), key=natural_key):

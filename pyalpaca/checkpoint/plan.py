@@ -80,7 +80,6 @@ def execute(plan: Plan, out: str | Path) -> None:
     holds another model.
     """
     check(plan, out)
-    workers = min(os.cpu_count() or 1, _MAX_WORKERS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over steps
     bar = tqdm(total=plan.size, unit="B", unit_scale=True, desc="writing", disable=None)
@@ -89,7 +88,7 @@ def execute(plan: Plan, out: str | Path) -> None:
             with ExitStack() as files:
                 paths = {layout.name: target if plan.single else target / layout.name for layout in plan.files}
                 writers = {file.name: files.enter_context(_Writer(file, paths[file.name])) for file in plan.files}
-                _run(plan, writers, workers, bar)
+                _run(plan, writers, bar)
                 for writer in writers.values():
                     writer.seal()
             plan.finish(target, {name: writer.checksums for name, writer in writers.items()})
@@ -134,8 +133,7 @@ def describe(plan: Plan, out: str | Path) -> str:
     ]
     lines += [f"       {name}" for name in plan.small]
     largest = max((_step_bytes(plan.reader, step) for step in plan.steps), default=0)
-    workers = min(os.cpu_count() or 1, _MAX_WORKERS)
-    memory = max(largest, min(_IN_FLIGHT, workers * largest)) * 2
+    memory = max(largest, min(_IN_FLIGHT, _workers() * largest)) * 2  # as they are read, and what is made of them
     lines.append(
         f"disk   {human_size(plan.size)} needed, {human_size(free_space(Path(out)))} free; "
         f"memory about {human_size(memory)} for tensors"
@@ -147,7 +145,11 @@ def _step_bytes(reader: Reader, step: Step) -> int:
     return total_bytes(reader, step.names)
 
 
-def _run(plan: Plan, writers: Mapping[str, _Writer], workers: int, bar: Any) -> None:
+def _workers() -> int:
+    return min(os.cpu_count() or 1, _MAX_WORKERS)
+
+
+def _run(plan: Plan, writers: Mapping[str, _Writer], bar: Any) -> None:
     """Run all steps, as many at once as there are workers and room for their tensors."""
 
     def work(step: Step) -> int:
@@ -156,7 +158,7 @@ def _run(plan: Plan, writers: Mapping[str, _Writer], workers: int, bar: Any) -> 
             written += writers[file].write(key, tensor)
         return written
 
-    running: dict[Future[int], int] = {}
+    workers, running = _workers(), dict[Future[int], int]()
     with _interrupts_noted() as interrupts, ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         try:
             for step in plan.steps:

@@ -1,22 +1,20 @@
 """A LLaMA tokenizer and a Chinese one to one SentencePiece model: LLaMA's pieces, then each Chinese piece that it lacks.
 
 A SentencePiece file is a protobuf message whose field 1 repeats: one message for each piece, with its text in field 1, its
-score in field 2 and its type in field 3. That much of the encoding is read and written here, so that no protobuf package has
-to fit the one that SentencePiece was built with, and all that is not changed stays byte for byte.
+score in field 2 and its type in field 3. All that is not changed stays byte for byte.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 from pyalpaca.data.downloads import refuse_downloads
 from pyalpaca.files import atomic_file
+from pyalpaca.protobuf import FIXED32, bytes_field, fields
 
 PAD = "[PAD]"
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def merge_tokenizers(base_model: Path, chinese_model: Path, out_model: Path, add_pad: bool = False) -> int:
@@ -48,9 +46,9 @@ def read_model(file: Path) -> tuple[list[str], int, bytes]:
     pieces: list[str] = []
     end = 0
     try:
-        for number, value, stop in _fields(raw):
+        for number, value, stop in fields(raw):
             if number == 1:
-                pieces.append(next(text for field, text, _ in _fields(value) if field == 1).decode())
+                pieces.append(next(text for field, text, _ in fields(value) if field == 1).decode())
                 end = stop
     except (ValueError, StopIteration, IndexError) as error:
         raise ValueError(
@@ -62,47 +60,10 @@ def read_model(file: Path) -> tuple[list[str], int, bytes]:
     return pieces, end, raw
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """The fields of a protobuf message: number, content (of a length-delimited field), where it ends."""
-    at = 0
-    while at < len(message):
-        key, at = _read_varint(message, at)
-        kind = key & 7
-        if kind == _VARINT:
-            start, at = at, _read_varint(message, at)[1]
-        elif kind == _BYTES:
-            length, start = _read_varint(message, at)
-            at = start + length
-        elif kind in (_FIXED64, _FIXED32):
-            start, at = at, at + (8 if kind == _FIXED64 else 4)
-        else:
-            raise ValueError(f"no field begins with {key}")
-        if at > len(message):
-            raise ValueError("the message is cut off")
-        yield key >> 3, message[start:at], at
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        at += 1
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _varint(value: int) -> bytes:
-    low, rest = value & 0x7F, value >> 7
-    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
-
-
 def _piece(text: str) -> bytes:
     """A piece as field 1 of a model. Its score is written though it is 0: the published file has it so."""
-    raw = text.encode()
-    message = bytes([1 << 3 | _BYTES]) + _varint(len(raw)) + raw + bytes([2 << 3 | _FIXED32]) + struct.pack("<f", 0.0)
-    return bytes([1 << 3 | _BYTES]) + _varint(len(message)) + message
+    score = bytes([2 << 3 | FIXED32]) + struct.pack("<f", 0.0)
+    return bytes_field(1, bytes_field(1, text.encode()) + score)
 
 
 def write_tokenizer_folder(model: Path, folder: Path) -> None:

@@ -72,5 +72,7 @@ def test_cp_copies_every_byte_and_flushing_takes_longer(folder: Path) -> None:
 
 def test_room_on_the_disk(tmp_path: Path) -> None:
     disk.require_space(tmp_path / "not" / "there", 1)
-    with pytest.raises(ValueError, match=r"there: the benchmark needs 1000000000.0 GB, the disk has \d+\.\d GB free; choose a"):
+    with pytest.raises(
+        ValueError, match=r"there: the benchmark needs 1,000,000,000.00 GB, \d+\.\d\d GB are free there; choose a"
+    ):
         disk.require_space(tmp_path / "not" / "there", 10**18)

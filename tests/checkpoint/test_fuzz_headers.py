@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_makers import ORDERED_DICT, SIX, Call, Name, Storage, pickled, tensor, zip_of
 
+from pyalpaca.checkpoint.container.gguf_file import gguf_layout, open_gguf_file
 from pyalpaca.checkpoint.container.pickle_machine import Inert
 from pyalpaca.checkpoint.container.safetensors_file import open_safetensors
 from pyalpaca.checkpoint.container.tensor_file import TensorFile
@@ -134,12 +136,33 @@ def in_zip(content: bytes) -> bytes:
     return zip_of(content, {"0": SIX, "1": bytes(8), "2": b""})
 
 
+def gguf_files() -> list[bytes]:
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": np.uint32(1),
+        "tokens": ["a", "b"],
+        "scores": np.ones(2, "<f4"),
+    }
+    layout = gguf_layout("x.gguf", metadata, {"w": ((2, 3), "F32"), "h": ((5,), "F16"), "q": ((2, 32), "Q8_0")})
+    content = bytearray(layout.size)
+    for offset, patch in layout.seal(dict.fromkeys(layout.specs, 0)):
+        content[offset : offset + len(patch)] = patch
+    return [bytes(content)]
+
+
+def gguf_bytes(path: Path) -> Iterable[bytes]:
+    """Nothing but reads all: quantized tensors are not in the file as they come out."""
+    for _ in file_bytes(open_gguf_file(path).tensors):
+        yield b""
+
+
 FORMATS = [
     Format("x.safetensors", safetensors_files, lambda path: file_bytes(open_safetensors(path))),
     Format("any.bin", lambda: [*safetensors_files(), *saved(True), *saved(False)], lambda path: file_bytes(open_tensors(path))),
     Format("zip.pt", lambda: saved(True), lambda path: tree_bytes(open_torch(path))),
     Format("legacy.pt", lambda: saved(False), lambda path: tree_bytes(open_torch(path))),
     Format("pickle.pt", pickles, lambda path: tree_bytes(open_torch(path)), wrapped=in_zip),
+    Format("x.gguf", gguf_files, gguf_bytes),
     Format("x.idx", lambda: [indexed("idx")], sequences, beside={"x.bin": indexed("bin")}),
 ]
 

@@ -42,8 +42,26 @@ def test_what_is_written_is_what_was_planned(layout, tmp_path):
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("layout", ["hf", "meta", "megatron", "deepspeed"])
 def test_any_container_holds_the_same_weights(layout, container, tmp_path):
-    execute(plan_conversion(model(), Output(layout, weights="bin", container=container)), tmp_path / "out")
+    weights = {"weights": "bin"} if layout == "hf" else {}
+    execute(plan_conversion(model(), Output(layout, container=container, **weights)), tmp_path / "out")
     assert digest(open_checkpoint(tmp_path / "out")) == digest(model())
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--to", "hf", "--tp", "4"], "tp 4 is for megatron, deepspeed"),
+        (["--to", "meta", "--weights", "bin"], "weights bin is for hf"),
+        (["--to", "native", "--num-shards", "2"], "num shards 2 is for meta"),
+        (["--to", "gguf", "--container", "torch1.13"], "container torch1.13 is for hf, meta, megatron, deepspeed"),
+        (["--to", "hf", "--container", "torch1.13"], "container torch1.13 is for files of torch.save"),
+    ],
+)
+def test_a_flag_that_would_have_no_effect_is_refused(flags, what, tmp_path):
+    source = make_hf(tmp_path / "m")
+    with pytest.raises(ValueError, match=what):
+        cli.main(["convert", str(source), str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_installed_torch_would_have_written_the_same_bytes(tmp_path):

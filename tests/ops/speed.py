@@ -12,20 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyalpaca.bench.machine import limits, machine
 from pyalpaca.ops import backend, flash_attention, rms_norm, rope
 
 Function = Callable[..., Tensor]
@@ -127,24 +125,6 @@ def measure(operators: Sequence[str], dtypes: Sequence[torch.dtype], seconds: fl
                     "limit_share": round(cost / ours / rates["sgemm_flops" if job.limit == "sgemm" else "copy_bytes"], 3),
                     "vs": {peer: round(other / ours, 2) for peer, other in times.items()},
                 }
-
-
-def limits() -> dict[str, float]:
-    """This machine's rates: fp32 matrix products in flop/s, copying in bytes/s read and written."""
-    a, source = torch.randn(2048, 2048), torch.randn(32 * 2**20)
-    product, target = torch.empty_like(a), torch.empty_like(source)
-    sgemm = medians({"ours": lambda: torch.mm(a, a, out=product)}, 0.5)["ours"]
-    copy = medians({"ours": lambda: target.copy_(source)}, 0.5)["ours"]
-    return {"sgemm_flops": 2 * 2048**3 / sgemm, "copy_bytes": 2 * 4 * source.numel() / copy}
-
-
-def machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def main() -> None:

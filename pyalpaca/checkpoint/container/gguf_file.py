@@ -21,6 +21,7 @@ from torch import Tensor
 from pyalpaca.checkpoint.container.gguf_types import PLAIN, block_size, decode, stored_spec, type_code, type_name
 from pyalpaca.checkpoint.container.layout import FileLayout
 from pyalpaca.checkpoint.container.tensor_file import Piece, Spec, TensorFile, check_head, spec_bytes
+from pyalpaca.checkpoint.container.tree import shown
 
 Value: TypeAlias = "str | bool | np.generic | np.ndarray[Any, Any] | list[str]"
 """What a key may stand for: numpy's types say which number it is; an array is one of numbers, or a list of strings."""
@@ -119,12 +120,12 @@ def open_gguf_file(path: Path) -> GgufFile:
     for _ in range(num_values):
         key = header.string()
         if key in metadata:
-            raise header.error(f"its header has the key {key!r} twice")
+            raise header.error(f"its header has the key '{shown(key)}' twice")
         metadata[key] = header.value()
     table = _tensor_table(header, num_tensors)
     alignment = metadata.get("general.alignment", np.uint32(_ALIGNMENT))
     if not isinstance(alignment, np.integer) or alignment < 8 or alignment & (alignment - 1):
-        raise header.error(f"general.alignment is {alignment!r}, expected a power of two from 8 on")
+        raise header.error(f"general.alignment is {shown(str(alignment))}, expected a power of two from 8 on")
     begin = header.at + -header.at % int(alignment)
     types = {name: _type_name(path, name, code) for name, (_, code, _) in table.items()}
     stored, places = {}, {}
@@ -133,8 +134,8 @@ def open_gguf_file(path: Path) -> GgufFile:
         end = places[name] + spec_bytes(stored[name])
         if offset % int(alignment) or end > len(header.view):
             raise header.error(
-                f"{name} takes the bytes {places[name]:,} to {end:,}, but a tensor begins at a multiple of {alignment} and the "
-                f"file has {len(header.view):,} bytes"
+                f"{shown(name)} takes the bytes {places[name]:,} to {end:,}, but a tensor begins at a multiple of "
+                f"{alignment} and the file has {len(header.view):,} bytes"
             )
 
     def read(name: str, piece: Piece | None) -> Tensor:
@@ -153,10 +154,10 @@ def _tensor_table(header: _Header, count: int) -> dict[str, tuple[tuple[int, ...
     for _ in range(count):
         name = header.string()
         if name in table:
-            raise header.error(f"its header has the tensor {name!r} twice")
+            raise header.error(f"its header has the tensor '{shown(name)}' twice")
         dims = header.integer("<I")
         if not 0 < dims <= 4:
-            raise header.error(f"{name!r} has {dims} dimensions, expected 1 to 4")
+            raise header.error(f"'{shown(name)}' has {dims} dimensions, expected 1 to 4")
         shape = tuple(reversed([header.integer("<Q") for _ in range(dims)]))
         table[name] = shape, header.integer("<I"), header.integer("<Q")
     return table
@@ -178,7 +179,7 @@ def _type_name(path: Path, name: str, code: int) -> str:
     kind = type_name(code)
     if kind is None:
         raise ValueError(
-            f"{path}: {name} is of type {code}, which the gguf package can't decode, expected for instance F16 or Q4_K; "
+            f"{path}: {shown(name)} is of type {code}, which the gguf package can't decode, expected for instance F16 or Q4_K; "
             "`pip install -U gguf`, or take the model in another type"
         )
     return kind
@@ -186,9 +187,11 @@ def _type_name(path: Path, name: str, code: int) -> str:
 
 def _stored(header: _Header, name: str, shape: tuple[int, ...], kind: str) -> Spec:
     if min(shape) < 1 or math.prod(shape) > 1 << 62:
-        raise header.error(f"{name} has the shape {shape}, expected positive dimensions")
+        raise header.error(f"{shown(name)} has the shape {shape}, expected positive dimensions")
     if shape[-1] % block_size(kind):
-        raise header.error(f"{name} has rows of {shape[-1]}, expected a multiple of {block_size(kind)}, the block of {kind}")
+        raise header.error(
+            f"{shown(name)} has rows of {shape[-1]}, expected a multiple of {block_size(kind)}, the block of {kind}"
+        )
     return stored_spec(shape, kind)
 
 
@@ -212,7 +215,9 @@ def open_gguf_files(path: Path) -> GgufFile:
     owner: dict[str, TensorFile] = {}
     for part in parts:
         if twice := owner.keys() & part.types.keys():
-            raise ValueError(f"{part.tensors.path}: holds {min(twice)}, as another part does; the parts are of different models")
+            raise ValueError(
+                f"{part.tensors.path}: holds {shown(min(twice))}, as another part does; the parts are of different models"
+            )
         owner |= dict.fromkeys(part.types, part.tensors)
     total = parts[0].metadata.get("split.tensors.count")
     if isinstance(total, np.integer) and total != len(owner):
