@@ -11,8 +11,10 @@ from pyalpaca.data.loader import Data as Data
 from pyalpaca.data.loader import InstructionData as InstructionData
 from pyalpaca.data.loader import TextData as TextData
 from pyalpaca.data.loader import batch as batch
+from pyalpaca.data.loader import fingerprint as fingerprint
 from pyalpaca.data.loader import open_instruction_data as open_instruction_data
 from pyalpaca.data.loader import open_text_data as open_text_data
+from pyalpaca.data.loader import ordered_batch as ordered_batch
 from pyalpaca.data.loader import split_bounds as split_bounds
 from pyalpaca.data.loader import split_instruction_data as split_instruction_data
 from pyalpaca.data.loader import split_text_data as split_text_data

@@ -6,7 +6,8 @@ given by the seed and the epoch alone. The position of a run is the number of sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -113,6 +114,19 @@ def _first_existing(prefix: str, name: str) -> str:
     )
 
 
+def fingerprint(data: InstructionData | TextData) -> str:
+    """What tells data sets apart: a sha256 of all lengths and of 64 stretches of the tokens (of all, if they are few)."""
+    parts = [data.text] if isinstance(data, TextData) else [data.input_ids, data.labels]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part.lengths).tobytes())
+        size = len(part.tokens)
+        for i in range(64):
+            start = size * i // 64
+            digest.update(np.ascontiguousarray(part.tokens[start : min(size * (i + 1) // 64, start + 65536)]).tobytes())
+    return digest.hexdigest()
+
+
 def split_bounds(weights: str, size: int) -> list[int]:
     """Where train, validation and test begin and end in `size` samples, as Megatron counts: "949,50,1" -> 4 bounds."""
     try:
@@ -179,19 +193,44 @@ def batch(
     `seq_length`; S is `seq_length` for pad_to="length", or the longest sample of the batch rounded up to a multiple of
     `pad_to`. Padding is `pad_id` with label -100.
     """
-    import torch
-
     if not len(data):
         raise ValueError("the data holds no samples; check the split and the data's prefix")
     numbers = sample_numbers(len(data), position, batch_size, seed)
     wanted = numbers[rows]
-    width = seq_length
-    if pad_to != "length":
-        longest = max(1, *(len(data.sample(n)[0]) - 1 for n in numbers))
-        width = min(seq_length, -(-longest // pad_to) * pad_to)
-    tokens = np.full((len(wanted), width), pad_id, dtype=np.int64)
-    labels = np.full((len(wanted), width), IGNORED, dtype=np.int64)
-    for row, n in enumerate(wanted):
+    return _collate(data, wanted, len(wanted), _width(data, numbers, seq_length, pad_to), pad_id)
+
+
+def ordered_batch(
+    data: Data,
+    first: int,
+    last: int,
+    rows: int,
+    seq_length: int,
+    pad_to: Literal["length"] | int = "length",
+    pad_id: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The samples `first` to `last` in the order of the data, as an evaluation takes them; the result is as that of `batch`.
+
+    It has `rows` rows; those past `last`, perhaps all, are padding.
+    """
+    numbers = range(first, max(first, min(last, len(data))))
+    return _collate(data, numbers, rows, _width(data, numbers, seq_length, pad_to), pad_id)
+
+
+def _width(data: Data, numbers: Sequence[int], seq_length: int, pad_to: Literal["length"] | int) -> int:
+    """Tokens in a row of a batch of these samples."""
+    if pad_to == "length":
+        return seq_length
+    longest = max((len(data.sample(n)[0]) - 1 for n in numbers), default=1)
+    return min(seq_length, -(-max(1, longest) // pad_to) * pad_to)
+
+
+def _collate(data: Data, numbers: Sequence[int], rows: int, width: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    import torch
+
+    tokens = np.full((rows, width), pad_id, dtype=np.int64)
+    labels = np.full((rows, width), IGNORED, dtype=np.int64)
+    for row, n in enumerate(numbers):
         ids, targets = data.sample(n)
         count = min(len(ids) - 1, width)
         tokens[row, :count] = ids[:count]

@@ -2,8 +2,10 @@
 
 from pyalpaca.model.axis import ONE_DEVICE, Axis
 from pyalpaca.model.config import LlamaConfig, config_from_hf, config_from_meta, config_to_hf, config_to_meta
+from pyalpaca.model.dropout import Dropout
 from pyalpaca.model.llama import LayerCache, forward
 from pyalpaca.model.params import Tree, flatten, init, initial, load, tree_map, unflatten, whole_slice
+from pyalpaca.model.recompute import Recompute
 from pyalpaca.model.sharding import (
     Parameter,
     cut,
@@ -18,9 +20,11 @@ from pyalpaca.model.sharding import (
 __all__ = [
     "ONE_DEVICE",
     "Axis",
+    "Dropout",
     "LayerCache",
     "LlamaConfig",
     "Parameter",
+    "Recompute",
     "Tree",
     "config_from_hf",
     "config_from_meta",

@@ -7,6 +7,7 @@ F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pyalpaca.model.axis import ONE_DEVICE, Axis
 from pyalpaca.model.config import LlamaConfig
+from pyalpaca.model.dropout import Drop, Dropout, dropper, undropped
 from pyalpaca.model.params import Tree
+from pyalpaca.model.recompute import Again, Recompute, kept, recomputing
 from pyalpaca.model.rope import Rope
 from pyalpaca.ops import flash_attention, rms_norm, rope
 
@@ -28,37 +31,58 @@ class LayerCache(NamedTuple):
     start: int
 
 
-def project(params: Tree, x: Tensor, config: LlamaConfig) -> Tensor:
+def project(params: Tree, module: str, x: Tensor, config: LlamaConfig, drop: Drop = undropped) -> Tensor:
     """x @ weight.T, plus the LoRA path x @ A.T @ B.T * scale where the tree holds one."""
-    y = F.linear(x, params["weight"])
-    if "lora_a" in params:
-        y = y + F.linear(F.linear(x, params["lora_a"]), params["lora_b"]) * config.lora_scale
+    weights = params[module]
+    y = F.linear(x, weights["weight"])
+    if "lora_a" in weights:
+        dropped = drop(x, module)
+        y = y + F.linear(F.linear(dropped, weights["lora_a"]), weights["lora_b"]) * config.lora_scale
     return y
 
 
-def attention(params: Tree, x_BSD: Tensor, table: Rope, config: LlamaConfig, cache: LayerCache | None = None) -> Tensor:
+def attention(
+    params: Tree, x_BSD: Tensor, table: Rope, config: LlamaConfig, cache: LayerCache | None = None, drop: Drop = undropped
+) -> Tensor:
     """Causal self-attention over this rank's heads; with a cache, keys and values are stored in it and read from it."""
-    q_BSHd, k_BSKd, v_BSKd = (project(params[name], x_BSD, config).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+    q_BSHd, k_BSKd, v_BSKd = (project(params, name, x_BSD, config, drop).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
     q_BSHd, k_BSKd = rope(q_BSHd, *table), rope(k_BSKd, *table)
     start = 0
     if cache is not None:
         start, stop = cache.start, cache.start + x_BSD.shape[1]
         cache.k[:, start:stop], cache.v[:, start:stop] = k_BSKd, v_BSKd
         k_BSKd, v_BSKd = cache.k[:, :stop], cache.v[:, :stop]
-    return project(params["o"], flash_attention(q_BSHd, k_BSKd, v_BSKd, causal=True, q_offset=start).flatten(-2), config)
+    mixed_BSD = flash_attention(q_BSHd, k_BSKd, v_BSKd, causal=True, q_offset=start).flatten(-2)
+    return project(params, "o", mixed_BSD, config, drop)
 
 
-def feed_forward(params: Tree, x_BSD: Tensor, config: LlamaConfig) -> Tensor:
+def feed_forward(params: Tree, x_BSD: Tensor, config: LlamaConfig, again: Again = kept, drop: Drop = undropped) -> Tensor:
     """SwiGLU (Shazeer 2020)."""
-    return project(params["down"], F.silu(project(params["gate"], x_BSD, config)) * project(params["up"], x_BSD, config), config)
+    gate_BSF, up_BSF = (project(params, name, x_BSD, config, drop) for name in ("gate", "up"))
+    silu_BSF = again(F.silu(gate_BSF), F.silu, gate_BSF)
+    product_BSF = again(silu_BSF * up_BSF, lambda gate, up: F.silu(gate) * up, gate_BSF, up_BSF)
+    return project(params, "down", product_BSF, config, drop)
 
 
-def layer(params: Tree, x_BSD: Tensor, table: Rope, config: LlamaConfig, axis: Axis, cache: LayerCache | None = None) -> Tensor:
+def layer(
+    params: Tree,
+    x_BSD: Tensor,
+    table: Rope,
+    config: LlamaConfig,
+    axis: Axis,
+    cache: LayerCache | None = None,
+    again: Again = kept,
+    drop: Drop = undropped,
+) -> Tensor:
     """One pre-norm transformer block: attention, then a gated feed-forward network, each on its own residual branch."""
-    a_BSD = axis.enter(rms_norm(x_BSD, params["attention_norm"], config.norm_eps))
-    x_BSD = x_BSD + axis.exit(attention(params["attention"], a_BSD, table, config, cache))
-    f_BSD = axis.enter(rms_norm(x_BSD, params["ffn_norm"], config.norm_eps))
-    return x_BSD + axis.exit(feed_forward(params["ffn"], f_BSD, config))
+
+    def enter(x: Tensor, norm: Tensor) -> Tensor:
+        return axis.enter(rms_norm(x, norm, config.norm_eps))
+
+    a_BSD = again(enter(x_BSD, params["attention_norm"]), enter, x_BSD, params["attention_norm"])
+    x_BSD = x_BSD + axis.exit(attention(params["attention"], a_BSD, table, config, cache, drop))
+    f_BSD = again(enter(x_BSD, params["ffn_norm"]), enter, x_BSD, params["ffn_norm"])
+    return x_BSD + axis.exit(feed_forward(params["ffn"], f_BSD, config, again, drop))
 
 
 def forward(
@@ -68,23 +92,33 @@ def forward(
     axis: Axis = ONE_DEVICE,
     *,
     cache: list[LayerCache] | None = None,
-    recompute: bool = False,
+    recompute: Recompute = "none",
+    recompute_every: int = 1,
+    dropout: Dropout | None = None,
     last_only: bool = False,
 ) -> Tensor:
     """Logits (B, S, V / axis.size) from token ids (B, S); hidden states (B, S, D) in or out on a pipeline's inner stages.
 
     cache: one LayerCache a layer of the tree, all filled to the same position, which is where x begins.
-    recompute: keep only each layer's input for the backward pass and compute the rest again.
+    recompute: what the backward pass computes again, see `pyalpaca.model.recompute`, in every `recompute_every`-th layer of
+    the model.
+    dropout: in training, of what LoRA's factors get.
     last_only: logits of the last position alone (B, 1, V / axis.size), all that generation needs of a prompt.
     """
     x_BSD = axis.embedding(params["embed"], x) if "embed" in params else x
     start = cache[0].start if cache else 0
     table = axis.rope_table(config, start, x_BSD.shape[1], x_BSD.device)
-    for i, weights in enumerate(params["layers"].values()):
-        if recompute:
-            x_BSD = checkpoint(layer, weights, x_BSD, table, config, axis, use_reentrant=False)
+    for i, (name, weights) in enumerate(params["layers"].items()):
+        how = recompute if int(name) % recompute_every == 0 else "none"
+        block = partial(layer, weights, table=table, config=config, axis=axis, cache=cache[i] if cache else None)
+        drop = partial(dropper, dropout, int(name), axis.rank) if dropout else lambda again: undropped
+        if how == "full":
+            x_BSD = checkpoint(block, x_BSD, drop=drop(kept), use_reentrant=False, preserve_rng_state=False)
+        elif how == "selective" or dropout:  # what is dropped is made again in any case: the mask costs no memory
+            with recomputing() as again:
+                x_BSD = block(x_BSD, again=again if how == "selective" else kept, drop=drop(again))
         else:
-            x_BSD = layer(weights, x_BSD, table, config, axis, cache[i] if cache else None)
+            x_BSD = block(x_BSD)
     if "norm" not in params:
         return x_BSD
     if last_only:

@@ -8,9 +8,11 @@ import torch
 from pyalpaca.data import (
     InstructionData,
     batch,
+    fingerprint,
     indexed_writer,
     open_instruction_data,
     open_text_data,
+    ordered_batch,
     split_bounds,
     split_instruction_data,
     split_text_data,
@@ -147,3 +149,28 @@ def test_text_is_cut_to_pieces_that_share_their_borders(tmp_path: Path) -> None:
     assert valid.sample(0)[0].tolist() == [20, 21, 22, 23, 24]
     with pytest.raises(ValueError, match="holds 30 tokens, expected more than the sequence length 30"):
         open_text_data(tmp_path / "t", seq_length=30)
+
+
+def test_an_evaluation_takes_samples_in_their_own_order_and_fills_up_with_padding(data: InstructionData) -> None:
+    tokens, labels = ordered_batch(data, 8, 10, 4, seq_length=8, pad_to=4)
+    assert tokens[:, 0].tolist() == [900, 1000, 0, 0]
+    assert tokens.shape == labels.shape == (4, 8)
+    assert (labels[2:] == -100).all()
+    nothing = ordered_batch(data, 12, 10, 2, seq_length=8, pad_to=4)
+    assert nothing[0].tolist() == [[0] * 4] * 2 and (nothing[1] == -100).all()
+    assert ordered_batch(data, 0, 1, 1, seq_length=8)[0].tolist() == [[100, 101, 102, 103, 0, 0, 0, 0]]
+
+
+def test_a_fingerprint_tells_data_sets_apart_wherever_they_lie(tmp_path: Path, data: InstructionData) -> None:
+    assert fingerprint(instructions(tmp_path / "copy")) == fingerprint(data)
+    assert fingerprint(split_instruction_data(data, "6,3,1")[1]) == fingerprint(data)
+
+    def text(name: str, *documents: list[int]) -> str:
+        with indexed_writer(tmp_path / f"{name}_text_document") as writer:
+            for document in documents:
+                writer.add(document)
+                writer.end_document()
+        return fingerprint(open_text_data(tmp_path / name, seq_length=4))
+
+    found = [text("a", [1, 2, 3, 4, 5, 6]), text("b", [1, 2, 3, 4, 5, 7]), text("c", [1, 2, 3], [4, 5, 6])]
+    assert len({*found, fingerprint(data)}) == 4
