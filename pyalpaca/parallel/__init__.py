@@ -11,8 +11,12 @@ from pyalpaca.parallel.collectives import (
     broadcast_object,
     gather_objects,
     reduce_scatter_sequence,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
 )
 from pyalpaca.parallel.deferred import Deferred, give
+from pyalpaca.parallel.host import agree, host_group, remember, remembered, tell
 from pyalpaca.parallel.mesh import Mesh, close_mesh, find_device, init_mesh
 from pyalpaca.parallel.pipeline import run_pipeline
 from pyalpaca.parallel.schedule import (
@@ -25,13 +29,17 @@ from pyalpaca.parallel.schedule import (
     simulate,
     zb_h1,
 )
+from pyalpaca.parallel.watch import PeerLostError, Watch
 
 __all__ = [
     "SCHEDULES",
     "Action",
     "Deferred",
     "Mesh",
+    "PeerLostError",
     "Simulation",
+    "Watch",
+    "agree",
     "all_gather_columns",
     "all_gather_sequence",
     "all_reduce",
@@ -43,14 +51,21 @@ __all__ = [
     "find_device",
     "gather_objects",
     "give",
+    "host_group",
     "init_mesh",
     "interleaved",
     "one_f_one_b",
     "pipeline_schedule",
     "reduce_scatter_sequence",
+    "remember",
+    "remembered",
     "run_pipeline",
     "sequence_parameters",
     "simulate",
+    "start_all_gather",
+    "start_all_reduce",
+    "start_reduce_scatter",
+    "tell",
     "tensor_axis",
     "zb_h1",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,26 @@ def all_gather_columns(x: Tensor, sizes: list[int], group: dist.ProcessGroup) ->
     parts = [torch.empty_like(wide) for _ in sizes]
     dist.all_gather(parts, wide, group)
     return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
+
+
+# torch 2.13 gave these two new names and warns of the old ones.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to sum x over the group, in place; x must not be touched before the work's `wait`."""
+    return cast(dist.Work, dist.all_reduce(x, group=group, async_op=True))
+
+
+def start_reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to sum x (ranks, ...) over the group; `out` (...) gets this rank's part."""
+    return cast(dist.Work, _reduce_scatter(out, x.flatten(), group=group, async_op=True))
+
+
+def start_all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Begin to collect the ranks' x (...) in `out` (ranks, ...)."""
+    return cast(dist.Work, _all_gather(out.view(-1), x, group=group, async_op=True))
 
 
 def all_gather_sequence(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 
+from pyalpaca.parallel.host import start_group
+
 _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
@@ -90,7 +92,7 @@ def init_mesh(tp: int = 1, pp: int = 1, timeout_minutes: float = 30.0) -> Mesh:
         return Mesh(device)
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(_BACKENDS[device.type], timeout=timeout)
+        start_group(_BACKENDS[device.type], timeout_minutes)
     mesh = Mesh(device, tp, world // (tp * pp), pp, dist.get_rank())
 
     def group(size: int, key: Callable[[Mesh], tuple[int, ...]]) -> dist.ProcessGroup | None:

@@ -1,7 +1,11 @@
-"""Run a function in several processes, as torchrun would, and collect what each returns."""
+"""Run a function in several processes, as torchrun would, and collect what each returns.
+
+The processes are forked from a server that has imported torch and pyalpaca once: importing them takes longer than most tests.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -11,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+_PRELOADED = ["torch", "torch.distributed", "torch.distributed.tensor", "pyalpaca.train.loop", "pyalpaca.demo.make_model"]
 
 
 def _worker(rank: int, function: Callable[..., Any], world: int, port: int, folder: str, arguments: tuple[Any, ...]) -> None:
@@ -28,5 +34,6 @@ def launch(world: int, function: Callable[..., Any], *arguments: Any) -> list[An
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (function, world, port, folder, arguments), nprocs=world)
+        multiprocessing.set_forkserver_preload(_PRELOADED)
+        mp.start_processes(_worker, (function, world, port, folder, arguments), nprocs=world, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]

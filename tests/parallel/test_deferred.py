@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyalpaca.model import LlamaConfig, Tree, flatten, forward, init, lora_parameters, parameters, unflatten
+from pyalpaca.model import LlamaConfig, Recompute, Tree, flatten, forward, init, lora_parameters, parameters, unflatten
 from pyalpaca.parallel.deferred import Deferred, give
 
 MODEL = LlamaConfig(
@@ -29,14 +29,16 @@ def leaves(dtype: torch.dtype, lora: bool) -> dict[str, Tensor]:
     return whole
 
 
-def backward(tree: Tree, recompute: bool) -> None:
+def backward(tree: Tree, recompute: Recompute) -> None:
     forward(tree, TOKENS, replace(MODEL, lora_scale=0.5), recompute=recompute).float().square().mean().backward()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_put_off_are_those_of_the_plain_backward_to_the_bit(dtype: torch.dtype, lora: bool, recompute: bool) -> None:
+def test_gradients_put_off_are_those_of_the_plain_backward_to_the_bit(
+    dtype: torch.dtype, lora: bool, recompute: Recompute
+) -> None:
     plain, split, deferred = leaves(dtype, lora), leaves(dtype, lora), Deferred()
     tree = deferred.wrap(unflatten(split))
     for _ in range(2):  # gradients add up over micro-batches
@@ -54,7 +56,7 @@ def test_a_projection_has_no_gradient_before_its_notes_are_worked_off_and_one_af
     split, deferred, arrived = leaves(torch.float32, False), Deferred(), []
     for path, leaf in split.items():
         leaf.register_post_accumulate_grad_hook(lambda _, path=path: arrived.append(path))
-    backward(deferred.wrap(unflatten(split)), False)
+    backward(deferred.wrap(unflatten(split)), "none")
     linear = {path for path in split if path.endswith("weight") or path == "head"}
     assert set(arrived) == set(split) - linear
     notes = deferred.take()

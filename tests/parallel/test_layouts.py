@@ -47,7 +47,7 @@ def close(found: list[tuple[float, float]], expected: torch.Tensor) -> None:
 )
 def test_losses_equal_those_of_one_process(tp: int, pp: int, world: int) -> None:
     for found in launch(world, losses, replace(FULL, tp=tp, pp=pp), MODEL, STEPS):
-        torch.testing.assert_close(torch.tensor(found), reference(FULL), atol=1e-4, rtol=1e-4)
+        close(found, reference(FULL))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def test_losses_equal_those_of_one_process(tp: int, pp: int, world: int) -> None
         pytest.param(FULL, 4, 1, id="tp4 sp"),
         pytest.param(FULL, 2, 2, id="tp2 pp2 sp"),
         pytest.param(replace(FULL, recompute="full"), 2, 1, id="tp2 sp recomputed"),
+        pytest.param(replace(FULL, recompute="selective"), 2, 1, id="tp2 sp selective"),
         pytest.param(LORA, 2, 1, id="tp2 sp lora"),
     ],
 )
@@ -72,11 +73,12 @@ def test_the_reference_learns() -> None:
 
 def test_lora_with_full_embedding_and_head_gives_the_losses_of_one_process() -> None:
     for found in launch(4, losses, replace(LORA, tp=2, pp=2), MODEL, STEPS):
-        torch.testing.assert_close(torch.tensor(found), reference(LORA), atol=1e-4, rtol=1e-4)
+        close(found, reference(LORA))
 
 
 def test_recomputation_changes_no_loss() -> None:
-    torch.testing.assert_close(reference(replace(FULL, recompute="full")), reference(FULL))
+    for mode, every in (("full", 1), ("selective", 1), ("full", 3)):
+        assert torch.equal(reference(replace(FULL, recompute=mode, recompute_every=every)), reference(FULL))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pyalpaca.checkpoint import memory_reader
-from pyalpaca.model import LlamaConfig, flatten, init, parameters
-from pyalpaca.parallel import init_mesh, sequence_parameters, tensor_axis
+from pyalpaca.model import LlamaConfig, Tree, flatten, forward, init, parameters, unflatten
+from pyalpaca.model.sharding import chunk_parameters
+from pyalpaca.parallel import all_reduce_buckets, init_mesh, run_pipeline, sequence_parameters, tensor_axis
+from pyalpaca.parallel.deferred import Deferred
+from pyalpaca.parallel.schedule import pipeline_schedule
 from pyalpaca.train import TrainConfig
 from pyalpaca.train.loop import plan, start
 from pyalpaca.train.step import train_step
@@ -51,3 +55,56 @@ def losses(config: TrainConfig, model: LlamaConfig, steps: int, sequence_paralle
         state, metrics = train_step(state, tokens[part].reshape(shape), labels[part].reshape(shape), setup)
         found.append((metrics.loss, metrics.grad_norm))
     return found
+
+
+def descend(
+    schedule_name: str,
+    model: LlamaConfig,
+    tp: int = 1,
+    pp: int = 1,
+    chunks: int = 1,
+    counts: tuple[int, ...] = (),
+    sequence_parallel: bool = False,
+    steps: int = 3,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of a plain gradient descent by the schedule, and in the end this rank's weights."""
+    mesh = init_mesh(tp, pp)
+    axis = tensor_axis(mesh, model.vocab_size, sequence_parallel)
+    table = parameters(model)
+    if sequence_parallel:
+        table = sequence_parameters(table)
+    parts = chunk_parameters(table, model.num_layers, mesh.pp_rank, pp, chunks, counts)
+    mine = {p.path: p for part in parts for p in part}
+    weights = flatten(init(mine.values(), 7, rank=mesh.tp_rank, ranks=tp))
+    for leaf in weights.values():
+        leaf.requires_grad_()
+    deferred = Deferred() if schedule_name == "zb-h1" else None
+    found = []
+    for step in range(steps):
+        text = torch.randint(model.vocab_size, (4, 2, 12), generator=torch.Generator().manual_seed(step))
+        tokens, labels = text[..., :-1], text[..., 1:]
+
+        def stage(tree: Tree, i: int, x: Tensor | None, tokens: Tensor = tokens, labels: Tensor = labels) -> Tensor:
+            y = forward(tree, tokens[i] if x is None else x, model, axis)
+            return axis.cross_entropy(y, labels[i]).sum() / labels.numel() if "norm" in tree else y
+
+        trees = [unflatten({p.path: weights[p.path] for p in part}) for part in parts]
+        losses = run_pipeline(
+            pipeline_schedule(schedule_name, mesh.pp_rank, pp, 4, chunks),
+            [partial(stage, deferred.wrap(tree) if deferred else tree) for tree in trees],
+            list(weights.values()),
+            (2, axis.length(tokens.shape[-1]), model.hidden_size),
+            torch.float32,
+            mesh,
+            deferred,
+        )
+        found.append(sum((loss.item() for loss in losses), 0.0))
+        all_reduce_buckets(
+            [w.grad for path, w in weights.items() if w.grad is not None and mine[path].partial_grad], mesh.tp_group
+        )
+        with torch.no_grad():
+            for w in weights.values():
+                assert w.grad is not None
+                w -= w.grad
+                w.grad = None
+    return found, {path: w.detach() for path, w in weights.items()}
