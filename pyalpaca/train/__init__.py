@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyalpaca.train.config import TrainConfig as TrainConfig
-from pyalpaca.train.config import parse as parse
+from pyalpaca.train.flags import parse as parse
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

@@ -1,27 +1,18 @@
-"""The settings of a training run: one frozen record, filled from a TOML file and from flags, checked before anything is loaded.
+"""The settings of a training run: one frozen record, checked before anything is loaded; `flags` fills it.
 
 No torch here, so that `pyalpaca train --help` answers at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _AT_LEAST_ONE = (
     *("tp", "pp", "micro_batch_size", "global_batch_size", "seq_length", "steps"),
-    *("keep", "log_every", "hysteresis", "loss_scale_window"),
+    *("keep", "log_every", "hysteresis", "loss_scale_window", "bucket_size", "recompute_every"),
 )
 
 
@@ -42,13 +33,18 @@ class TrainConfig:
 
     tp: int = _setting(1, "tensor-parallel size")
     pp: int = _setting(1, "pipeline-parallel size; what tp x pp leaves of the processes is data parallel")
+    engine: str = _setting("native", "what holds weights and optimizer: pyalpaca or DeepSpeed", ("native", "deepspeed"))
+    deepspeed_config: str = _setting("", "DeepSpeed's JSON file for --engine deepspeed; its auto is what the settings here say")
+    zero: int = _setting(0, "ZeRO stage; 1: the ranks of data parallelism share the optimizer's state (2 and 3 are DeepSpeed's)")
+    bucket_size: int = _setting(1 << 23, "numbers in a bucket of gradients, which travels while the backward pass runs")
     micro_batch_size: int = _setting(2, "samples in one forward pass of one device")
     global_batch_size: int = _setting(16, "samples in one step, over all devices and accumulated micro-batches")
     seq_length: int = _setting(512, "longest sample in tokens; longer ones are cut")
     pad_to: int = _setting(0, "pad to a multiple of this many tokens instead of to seq_length (0: to seq_length)")
-    split: str = _setting("1,0,0", "shares of the data for training, validation, test; the first is trained on")
+    split: str = _setting("1,0,0", "shares of the data for training, validation, test")
 
     steps: int = _setting(100, "optimizer steps")
+    epochs: float = _setting(0.0, "passes over the training data, instead of steps (0: as many steps as --steps says)")
     lr: float = _setting(1e-4, "highest learning rate")
     min_lr: float = _setting(0.0, "learning rate at the end of the decay")
     lr_schedule: str = _setting("cosine", "decay after the warmup", ("cosine", "linear", "constant"))
@@ -68,18 +64,34 @@ class TrainConfig:
     loss_scale_window: int = _setting(1000, "clean steps after which the loss scale doubles")
     hysteresis: int = _setting(2, "overflows after which the loss scale halves")
     min_loss_scale: float = _setting(1.0, "smallest loss scale")
-    recompute: str = _setting("none", "activations computed again in the backward pass", ("none", "full"))
+    recompute: str = _setting(
+        "none",
+        "activations computed again in the backward pass: selective: what lies between matrix products; full: whole layers",
+        ("none", "selective", "full"),
+    )
+    recompute_every: int = _setting(1, "the same only in every so-many-th layer")
     on_nan: str = _setting(
         "stop", "what a loss or gradient that is not finite does (fp16 skips until the loss scale is smallest)", ("stop", "skip")
     )
 
     lora_r: int = _setting(0, "train LoRA factors of this rank (0: train all weights)")
     lora_alpha: float = _setting(0.0, "LoRA scale is alpha / r (0: 2 r)")
+    lora_dropout: float = _setting(0.0, "share of a projection's inputs that its LoRA factors do not get in training")
     lora_targets: str = _setting("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "projections that get LoRA factors")
     lora_full: str = _setting("embed_tokens,lm_head", "modules trained in full beside LoRA")
 
+    eval_every: int = _setting(0, "steps between evaluations on the validation share (0: only at the end, with the test share)")
+    eval_samples: int = _setting(0, "samples of a share that an evaluation takes, from its first on (0: all)")
+    patience: int = _setting(0, "evaluations in a row without a better loss after which the run stops (0: it goes on)")
+    keep_best: bool = _setting(True, "keep the checkpoint of the best evaluation in OUTPUT/best, whatever --keep says")
+
     log_every: int = _setting(1, "steps between log lines (metrics.jsonl has every step)")
+    tensorboard: str = _setting("", "also write TensorBoard's event files to this folder")
+    wandb: str = _setting("", "also report to this project of Weights & Biases")
+    swanlab: str = _setting("", "also report to this project of SwanLab")
+    peak_tflops: float = _setting(0.0, "what HFU and MFU are shares of, per device (0: known, or measured by a matrix product)")
     save_every: int = _setting(0, "steps between checkpoints (0: only at the end)")
+    save_async: bool = _setting(True, "write checkpoints beside the training, from a copy of the state in host memory")
     keep: int = _setting(2, "checkpoints kept; older ones are deleted")
     resume: bool = _setting(False, "go on from the newest checkpoint in the output folder, if there is one")
     timeout: float = _setting(30.0, "minutes after which a collective that others don't join ends the run")
@@ -92,7 +104,9 @@ class TrainConfig:
             least = 1 if f.name in _AT_LEAST_ONE else 0
             if not isinstance(value, str) and not value >= least:  # so written, a NaN fails too
                 raise ValueError(f"{f.name} is {value}, expected at least {least}")
-        for name in ("beta1", "beta2"):
+        if self.zero > 1:
+            raise ValueError(f"zero is {self.zero}, expected 0 or 1; ZeRO-2 and ZeRO-3 are DeepSpeed's, give --engine deepspeed")
+        for name in ("beta1", "beta2", "lora_dropout"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected less than 1")
         if not 0 < self.min_loss_scale <= self.loss_scale:
@@ -101,8 +115,15 @@ class TrainConfig:
             )
         if self.warmup_steps and self.warmup_fraction:
             raise ValueError("warmup_steps and warmup_fraction say the same thing; give one of them")
-        if self.lora_alpha and not self.lora_r:
-            raise ValueError("lora_alpha is given without lora_r, so all weights would be trained; give lora_r too")
+        if self.patience and not self.eval_every:
+            raise ValueError("patience is given without eval_every, so nothing is evaluated on the way; give eval_every too")
+        if self.recompute_every > 1 and self.recompute == "none":
+            raise ValueError("recompute_every is given without recompute, so nothing is computed again; give recompute too")
+        if (self.engine == "deepspeed") != bool(self.deepspeed_config):
+            raise ValueError("engine deepspeed and deepspeed_config belong together; give both or neither")
+        for name in ("lora_alpha", "lora_dropout"):
+            if getattr(self, name) and not self.lora_r:
+                raise ValueError(f"{name} is given without lora_r, so all weights would be trained; give lora_r too")
 
     @property
     def decay_steps(self) -> int:
@@ -112,64 +133,3 @@ class TrainConfig:
     def warmup(self) -> int:
         """Steps of warmup."""
         return self.warmup_steps or round(self.warmup_fraction * self.decay_steps)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of training: --config FILE and one flag for each field of TrainConfig."""
-    result = argparse.ArgumentParser(
-        prog="pyalpaca train",
-        description="Fine-tune a LLaMA model on an instruction data set, on one process or many (torchrun).",
-        epilog="example: torchrun --nproc_per_node 4 -m pyalpaca.train --config recipe.toml --model merged --data data/alpaca "
-        "--output runs/a --tp 2 --pp 2",
-    )
-    result.add_argument("--config", metavar="TOML", help="file of settings; flags given beside it win")
-    for f in dataclasses.fields(TrainConfig):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        shown = "" if f.default in ("", 0, False) else f" (default {f.default})"
-        if f.default is True or f.default is False:
-            result.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            metavar = None if f.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[type(f.default)]
-            kind = type(f.default)
-            result.add_argument(flag, type=kind, default=None, metavar=metavar, choices=f.metadata["choices"], help=text + shown)
-    return result
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The settings of a TOML file; tables only group them. ValueError for what is not a setting or has another type."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: not found, expected a TOML file of settings; check --config")
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not TOML ({error})") from None
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat.update(value if isinstance(value, Mapping) else {key: value})
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    for key, value in flat.items():
-        if key not in fields:
-            near = get_close_matches(key, fields, n=1)
-            raise ValueError(f"{path}: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        kind = type(fields[key].default)
-        if kind is float and type(value) is int:
-            flat[key] = float(value)
-        elif type(value) is not kind:
-            raise ValueError(f"{path}: {key} is {value!r}, expected a value of type {kind.__name__}")
-    return flat
-
-
-def parse(argv: Sequence[str] | None = None) -> TrainConfig:
-    """TrainConfig from a command line: defaults, then the TOML file, then flags."""
-    known = parser()
-    values, unknown = known.parse_known_args(argv)
-    if unknown:
-        flags = ["--config", *("--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig))]
-        near = get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        known.error(f"there is no flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-    given = {key: value for key, value in vars(values).items() if value is not None and key != "config"}
-    config = TrainConfig(**{**(read_toml(values.config) if values.config else {}), **given})
-    for name in ("model", "data", "output"):
-        if not getattr(config, name):
-            known.error(f"--{name} is missing: {TrainConfig.__dataclass_fields__[name].metadata['help']}")
-    return config

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from pyalpaca.model import Axis, LlamaConfig, Parameter, Tree, flatten, forward, unflatten
-from pyalpaca.parallel import Mesh, all_reduce, all_reduce_buckets, gather_objects, one_f_one_b, run_pipeline
+from pyalpaca.model import Axis, Dropout, LlamaConfig, Parameter, Recompute, Tree, flatten, forward, unflatten
+from pyalpaca.parallel import Mesh, all_reduce, all_reduce_buckets, one_f_one_b, run_pipeline
 from pyalpaca.train.config import TrainConfig
-from pyalpaca.train.optimizer import OptimizerState, gradient_norm, update
+from pyalpaca.train.finite import first_bad
+from pyalpaca.train.optimizer import OptimizerState, gradient_norm, update, updated, zero_ranks
+from pyalpaca.train.reduction import collect, gather_rows, make_buckets
 from pyalpaca.train.schedule import LossScale, learning_rate, next_loss_scale
 
 
@@ -55,65 +60,40 @@ class Metrics:
     skipped: bool
 
 
-def gradients(
-    params: Tree, tokens_NBS: Tensor, labels_NBS: Tensor, scale: float, setup: Setup
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients (fp32, by path, summed over the global batch) of scale x the token-mean loss; and that loss, unscaled.
-
-    tokens, labels: this data-parallel rank's N micro-batches, (N, B, S); labels are shifted, -100 where no loss is taken.
-    """
-    mesh = setup.mesh
-    leaves = {path: p.detach().requires_grad_(path in setup.trainable) for path, p in flatten(params).items()}
-    tree = unflatten(leaves)
-    count = all_reduce((labels_NBS != -100).sum().float(), mesh.dp_group).clamp(min=1.0)
-
-    def forward_stage(i: int, x: Tensor | None) -> Tensor:
-        y = forward(tree, tokens_NBS[i] if x is None else x, setup.model, setup.axis, recompute=setup.config.recompute == "full")
-        return setup.axis.cross_entropy(y, labels_NBS[i]).sum() * (scale / count) if mesh.last_stage else y
-
-    wanted = {path: p for path, p in leaves.items() if path in setup.trainable}
-    found, losses = run_pipeline(
-        one_f_one_b(mesh.pp_rank, mesh.pp, len(tokens_NBS)),
-        forward_stage,
-        list(wanted.values()),
-        (tokens_NBS.shape[1], setup.axis.length(tokens_NBS.shape[2]), setup.model.hidden_size),
-        next(iter(leaves.values())).dtype,
-        mesh,
-    )
-    grads = dict(zip(wanted, found, strict=True))
-    all_reduce_buckets([g for path, g in grads.items() if setup.table[path].partial_grad], mesh.tp_group)
-    all_reduce_buckets(grads.values(), mesh.dp_group)
-    loss = torch.stack(losses).sum() / scale if losses else torch.zeros((), device=mesh.device)
-    return grads, all_reduce(all_reduce(loss, mesh.dp_group), mesh.pp_group)
+def label_count(labels_NBS: Tensor, mesh: Mesh) -> Tensor:
+    """How many labels the global batch has, fp32 scalar, at least 1."""
+    return all_reduce((labels_NBS != -100).sum().float(), mesh.dp_group).clamp(min=1.0)
 
 
-def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup: Setup) -> tuple[TrainState, Metrics]:
-    """One optimizer step on this rank's micro-batches; weights and moments are updated in place and handed on.
+def sample_numbers(tokens_NBS: Tensor, seen: int, mesh: Mesh) -> Tensor:
+    """The numbers in the run, from 0, of this data-parallel rank's samples, int64 (N, B)."""
+    rows = tokens_NBS.shape[0] * tokens_NBS.shape[1]
+    first = seen + mesh.dp_rank * rows
+    return torch.arange(first, first + rows, device=mesh.device).view(tokens_NBS.shape[:2])
 
-    FloatingPointError for a loss or gradient that is not finite, unless it is an fp16 overflow or `on_nan` says skip.
+
+def judge(state: TrainState, loss: float, norm: float, setup: Setup, bad: Callable[[], str]) -> tuple[bool, bool]:
+    """(whether the step counts, whether it is an fp16 overflow that a smaller loss scale may mend).
+
+    bad: names what is not finite. FloatingPointError for a loss or norm that is not finite, unless it is an overflow or
+    `on_nan` says skip: rank 0 then warns on stderr.
     """
     config = setup.config
-    scale = state.loss_scale.value
-    grads, loss = gradients(state.params, tokens_NBS, labels_NBS, scale, setup)
-    torch._foreach_div_(list(grads.values()), scale)
-    norm = gradient_norm(grads, setup.table, setup.mesh)
-    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+    finite = math.isfinite(norm) and math.isfinite(loss)
     # At the smallest scale it is not the scale that overflows.
-    overflow = not finite and config.dtype == "fp16" and scale > config.min_loss_scale
-    if not finite and not overflow and config.on_nan == "stop":
-        found = gather_objects(next((path for path, g in grads.items() if not g.isfinite().all()), None))
-        bad = next(filter(None, found), "none")
-        raise FloatingPointError(
-            f"step {state.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; first gradient that is not finite: {bad}. "
-            "Lower the learning rate, or give --on-nan skip to leave such steps out"
-        )
-    lr = learning_rate(state.updates + 1, config)
-    if finite:
-        if config.clip:
-            torch._foreach_mul_(list(grads.values()), (config.clip / (norm + 1e-6)).clamp(max=1.0))
-        weights = {path: p for path, p in flatten(state.params).items() if path in setup.trainable}
-        update(weights, grads, state.optimizer, state.updates, lr, config)
-    new = replace(
+    overflow = not finite and config.dtype == "fp16" and state.loss_scale.value > config.min_loss_scale
+    if not finite and not overflow:
+        problem = f"step {state.step + 1}: loss {loss}, gradient norm {norm}; {bad()}"
+        if config.on_nan == "stop":
+            raise FloatingPointError(f"{problem}. Lower the learning rate, or give --on-nan skip to leave such steps out")
+        if setup.mesh.rank == 0:
+            print(f"warning: {problem}; this step is left out", file=sys.stderr)
+    return finite, overflow
+
+
+def advance(state: TrainState, finite: bool, overflow: bool, config: TrainConfig) -> TrainState:
+    """The scalars of a state after a step."""
+    return replace(
         state,
         loss_scale=next_loss_scale(state.loss_scale, not finite, config) if config.dtype == "fp16" else state.loss_scale,
         step=state.step + 1,
@@ -121,4 +101,72 @@ def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup:
         samples=state.samples + config.global_batch_size,
         nan_steps=state.nan_steps + (not finite and not overflow),
     )
-    return new, Metrics(loss.item(), norm.item(), lr, scale, not finite)
+
+
+def gradients(
+    params: Tree, tokens_NBS: Tensor, labels_NBS: Tensor, scale: float, setup: Setup, seen: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients (fp32, by path, summed over the global batch) of scale x the token-mean loss; and that loss, unscaled.
+
+    With ZeRO-1 the gradients are of the rows that this rank updates.
+    tokens, labels: this data-parallel rank's N micro-batches, (N, B, S); labels are shifted, -100 where no loss is taken.
+    seen: samples that the run has seen before these, which dropout depends on.
+    """
+    mesh = setup.mesh
+    leaves = {path: p.detach().requires_grad_(path in setup.trainable) for path, p in flatten(params).items()}
+    tree = unflatten(leaves)
+    count = label_count(labels_NBS, mesh)
+
+    rate, numbers_NB = setup.config.lora_dropout, sample_numbers(tokens_NBS, seen, mesh)
+
+    def forward_stage(i: int, x: Tensor | None) -> Tensor:
+        y = forward(
+            tree,
+            tokens_NBS[i] if x is None else x,
+            setup.model,
+            setup.axis,
+            recompute=cast(Recompute, setup.config.recompute),
+            recompute_every=setup.config.recompute_every,
+            dropout=Dropout(rate, setup.config.seed, numbers_NB[i]) if rate else None,
+        )
+        return setup.axis.cross_entropy(y, labels_NBS[i]).sum() * (scale / count) if mesh.last_stage else y
+
+    wanted = {path: p for path, p in leaves.items() if path in setup.trainable}
+    ranks = zero_ranks(mesh, setup.config)
+    buckets = make_buckets(wanted, ranks, setup.config.bucket_size) if mesh.dp_group else []
+    finish = collect(wanted, len(tokens_NBS), buckets, mesh.dp_rank, mesh.dp_group)
+    losses = run_pipeline(
+        one_f_one_b(mesh.pp_rank, mesh.pp, len(tokens_NBS)),
+        forward_stage,
+        list(wanted.values()),
+        (tokens_NBS.shape[1], setup.axis.length(tokens_NBS.shape[2]), setup.model.hidden_size),
+        next(iter(leaves.values())).dtype,
+        mesh,
+    )
+    grads = finish()
+    all_reduce_buckets([g for path, g in grads.items() if setup.table[path].partial_grad], mesh.tp_group)
+    loss = torch.stack(losses).sum() / scale if losses else torch.zeros((), device=mesh.device)
+    return grads, all_reduce(all_reduce(loss, mesh.dp_group), mesh.pp_group)
+
+
+def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup: Setup) -> tuple[TrainState, Metrics]:
+    """One optimizer step on this rank's micro-batches; weights and moments are updated in place and handed on.
+
+    FloatingPointError, the same on every rank, for a loss or gradient that is not finite, unless it is an fp16 overflow or
+    `on_nan` says skip: rank 0 then warns on stderr.
+    """
+    config, mesh = setup.config, setup.mesh
+    sharded, scale = zero_ranks(mesh, config) > 1, state.loss_scale.value
+    grads, loss = gradients(state.params, tokens_NBS, labels_NBS, scale, setup, state.samples)
+    torch._foreach_div_(list(grads.values()), scale)
+    norm = gradient_norm(grads, setup.table, mesh, zero=sharded)
+    finite, overflow = judge(state, loss.item(), norm.item(), setup, lambda: first_bad(state.params, grads, setup.table))
+    lr = learning_rate(state.updates + 1, config)
+    if finite:
+        if config.clip:
+            torch._foreach_mul_(list(grads.values()), (config.clip / (norm + 1e-6)).clamp(max=1.0))
+        weights = {path: p for path, p in flatten(state.params).items() if path in setup.trainable}
+        update(updated(weights, mesh, config), grads, state.optimizer, state.updates, lr, config)
+        if sharded and mesh.dp_group:
+            gather_rows(weights, make_buckets(weights, mesh.dp, config.bucket_size), mesh.dp_rank, mesh.dp_group)
+    return advance(state, finite, overflow, config), Metrics(loss.item(), norm.item(), lr, scale, not finite)

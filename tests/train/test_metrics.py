@@ -23,8 +23,13 @@ RECORD = {
     "skipped": 1,
     "nan_steps": 2,
     "samples_per_second": 64.0,
+    "samples_per_second_per_device": 8.0,
+    "tokens_per_second_per_device": 16384.0,
     "tflops": 160.41,
     "model_tflops": 120.31,
+    "hfu": 0.4531,
+    "mfu": 0.3399,
+    "memory_bytes": 57.2e9,
 }
 
 
@@ -39,10 +44,12 @@ def test_the_log_line_has_the_known_fields_in_the_known_order() -> None:
         *("iteration", "consumed samples", "elapsed time per iteration (ms)", "learning rate", "global batch size", "lm loss"),
         *("loss scale", "grad norm", "actual seqlen", "number of skipped iterations", "number of nan iterations"),
         *("samples per second", "TFLOPs"),
+        *("samples/s/p", "tokens/s/p", "HFU", "MFU", "memory"),  # ours, after those that readers know
     ]
     parts = log_line(RECORD, 100).split(" | ")
     assert [re.split(r":|  +", part)[0] for part in parts] == fields
     assert re.fullmatch(r"iteration +7/ +100", parts[0])
+    assert parts[-3:] == ["HFU: 45.3%", "MFU: 34.0%", "memory: 57.20 GB"]
     assert parts[3] == "learning rate: 3.125E-08" and parts[5] == "lm loss: 1.500000E+00"
 
 

@@ -18,21 +18,22 @@ from pyalpaca.cli import run as run_command
 from pyalpaca.commands import convert
 from pyalpaca.data import batch, indexed_writer, open_instruction_data
 from pyalpaca.model import flatten, parameters
-from pyalpaca.train import loop, train
+from pyalpaca.train import train
 from pyalpaca.train.run import main
+from pyalpaca.train.saving import Saver
 
 
 def test_a_run_records_every_step_and_its_checkpoint_holds_the_trained_weights(
     road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained: dict[str, torch.Tensor] = {}
-    save = loop.save
+    save = Saver.save
 
-    def watch(state: Any, *rest: Any) -> Path:
+    def watch(saver: Saver, state: Any, *links: str) -> Path:
         trained.update({p.name: flatten(state.params)[p.path].clone() for p in parameters(MODEL)})
-        return save(state, *rest)
+        return save(saver, state, *links)
 
-    monkeypatch.setattr(loop, "save", watch)
+    monkeypatch.setattr(Saver, "save", watch)
     config = settings(road, tmp_path / "run", log_every=3)
     summary = train(config)
     seen = records(tmp_path / "run")
@@ -42,7 +43,10 @@ def test_a_run_records_every_step_and_its_checkpoint_holds_the_trained_weights(
     assert all(r["seconds"] > 0 and r["tflops"] == r["model_tflops"] > 0 and r["skipped"] == 0 for r in seen)
     assert (summary["steps"], summary["loss_first"], summary["loss_last"]) == (4, seen[0]["loss"], seen[-1]["loss"])
     assert json.loads((tmp_path / "run" / "train.json").read_text())["lr"] == config.lr
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["3/", "4/"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:2]] == ["3/", "4/"]
+    assert lines[2].startswith("| devices | parameters | layout") and lines[4].startswith("| 1 cpu   | ")
+    assert len({len(line) for line in lines[2:]}) == 1
     reader = open_checkpoint(tmp_path / "run")
     assert digest(reader) == digest(memory_reader(MODEL, trained))
     assert digest(reader) != digest(open_checkpoint(road / "hf"))
@@ -60,9 +64,10 @@ def test_every_layout_is_a_start_and_a_seed_gives_a_run_again(road: Path, tmp_pa
 
 
 def test_recomputation_is_counted_as_work_but_not_as_the_models(road: Path, tmp_path: Path) -> None:
-    train(settings(road, tmp_path / "run", steps=1, recompute="full"))
-    record = records(tmp_path / "run")[0]
-    assert record["tflops"] == pytest.approx(record["model_tflops"] * 4 / 3)
+    for mode, every, work in (("full", 1, 4 / 3), ("full", 2, 3.5 / 3), ("selective", 1, 1)):
+        run = tmp_path / f"{mode}{every}"
+        train(settings(road, run, steps=1, recompute=mode, recompute_every=every))
+        assert records(run)[0]["tflops"] == pytest.approx(records(run)[0]["model_tflops"] * work)
 
 
 def test_text_is_trained_on_too(road: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import flatten, init, parameters
 from pyalpaca.parallel import Mesh, init_mesh
 from pyalpaca.train import TrainConfig
+from pyalpaca.train.finite import first_bad, forward_place
 from pyalpaca.train.loop import plan, start
 from pyalpaca.train.schedule import LossScale
 from pyalpaca.train.step import Setup, TrainState, gradients, train_step
@@ -85,7 +86,9 @@ def test_gradients_are_clipped_as_torch_clips_them() -> None:
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor() -> None:
     state, setup = begin(CONFIG, head=float("nan"))
     before = weights(state)
-    with pytest.raises(FloatingPointError, match=r"step 1: loss nan, gradient norm nan; .* not finite: embed\. .*--on-nan skip"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: loss nan, gradient norm nan; .* the weight lm_head.weight\. .*--on-nan"
+    ):
         train_step(state, *data(), setup)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(state).values(), strict=True) if not a.isnan().any())
 
@@ -105,10 +108,33 @@ def diverge() -> str:
 
 def test_every_rank_names_the_same_tensor() -> None:
     first, second = launch(2, diverge)
-    assert first == second and "not finite: layers.0.attention.q.lora_a" in first
+    assert first == second and "the first tensor that is not finite is the weight lm_head.weight. " in first
 
 
-def test_on_nan_skip_leaves_the_weights_and_counts() -> None:
+def test_the_first_bad_gradient_is_the_first_of_the_forward_pass() -> None:
+    state, setup = begin(replace(CONFIG, lora_r=2))
+    grads = {path: torch.zeros(1) for path in weights(state)}
+    for path in ("layers.1.attention.q.lora_b", "layers.1.attention_norm", "layers.0.ffn_norm", "head"):
+        grads[path] = torch.tensor([float("inf")])
+    assert first_bad(state.params, grads, setup.table) == (
+        "the first tensor that is not finite is the gradient of model.layers.0.post_attention_layernorm.weight "
+        f"(4 of {len(grads)} gradients are so, the last that of lm_head.weight)"
+    )
+    names = [place[2] for place in sorted(forward_place(p.name) for p in setup.table.values())]
+    assert names[:4] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.input_layernorm.weight",
+        *(f"model.layers.0.self_attn.q_proj.{x}.weight" for x in ("lora_A", "lora_B")),
+    ]
+    assert names[-3:] == ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
+
+
+def test_gradients_that_are_finite_may_have_a_norm_that_is_not() -> None:
+    state, setup = begin(CONFIG)
+    assert first_bad(state.params, {"head": torch.ones(1)}, setup.table) == "every gradient is finite, but not their norm"
+
+
+def test_on_nan_skip_leaves_the_weights_counts_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     state, setup = begin(replace(CONFIG, on_nan="skip", lora_r=2, lora_full=""), norm=float("inf"))
     before = weights(state)
     new, metrics = train_step(state, *data(), setup)
@@ -116,6 +142,8 @@ def test_on_nan_skip_leaves_the_weights_and_counts() -> None:
     assert not any(m.any() for m in new.optimizer.exp_avg.values())
     assert (new.step, new.updates, new.nan_steps, new.samples) == (1, 0, 1, 4)
     assert metrics.skipped and metrics.loss != metrics.loss
+    said = capsys.readouterr().err
+    assert said.startswith("warning: step 1: loss nan") and "norm.weight; this step is left out" in said
 
 
 def test_an_fp16_overflow_is_skipped_halves_the_scale_and_does_not_advance_the_rate() -> None:
