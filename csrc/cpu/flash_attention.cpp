@@ -99,7 +99,9 @@ void attend_few(const AttentionShape& s, const Memory& m, int64_t row, int64_t q
       sums[0] += load(q + c) * load(k + j * k_row + c);
       sums[1] += load(q + c + kLanes) * load(k + j * k_row + c + kLanes);
     }
-    if (c < s.head_dim) sums[0] += load(q + c) * load(k + j * k_row + c);
+    for (; c < s.head_dim; c += kLanes) {
+      sums[0] += load_first(q + c, s.head_dim - c) * load_first(k + j * k_row + c, s.head_dim - c);
+    }
     m.scores[j] = sum(sums[0] + sums[1]);
   }
   const float factor = online_softmax(m.scores, count, round_up(count, kColumns), m.softmax[row]);
@@ -107,7 +109,9 @@ void attend_few(const AttentionShape& s, const Memory& m, int64_t row, int64_t q
   for (int64_t c = 0; c < s.head_dim; c += kLanes) store(out + c, load(out + c) * factor);
   for (int64_t j = 0; j < count; ++j) {
     const Vec p = splat(m.scores[j]);
-    for (int64_t c = 0; c < s.head_dim; c += kLanes) store(out + c, load(out + c) + p * load(v + j * v_row + c));
+    for (int64_t c = 0; c < s.head_dim; c += kLanes) {
+      store(out + c, load(out + c) + p * load_first(v + j * v_row + c, s.head_dim - c));
+    }
   }
 }
 
@@ -159,7 +163,9 @@ void run(const FlashAttention& a, const Task& task, int64_t most_rows) {
     const Softmax& row = m.softmax[i];
     T* out = static_cast<T*>(a.out) + ((task.batch * s.queries + query) * s.heads + head) * s.head_dim;
     const float inverse = row.total == 0.0f ? 0.0f : 1.0f / row.total;
-    for (int64_t c = 0; c < s.head_dim; c += kLanes) store(out + c, load(m.out + i * width + c) * inverse);
+    for (int64_t c = 0; c < s.head_dim; c += kLanes) {
+      store_first(out + c, load(m.out + i * width + c) * inverse, s.head_dim - c);
+    }
     a.lse[(task.batch * s.heads + head) * s.queries + query] = row.maximum + std::log(row.total);
   }
 }

@@ -34,7 +34,9 @@ void load_head(const FlashAttentionBackward& a, const Memory& m, int64_t batch, 
   for (int64_t i = 0; i < s.queries; ++i) {
     const T* out = at<T>(a.out, batch, i, head);
     Vec delta = {};
-    for (int64_t c = 0; c < s.head_dim; c += kLanes) delta += load(out + c) * load(m.dout + i * width + c);
+    for (int64_t c = 0; c < s.head_dim; c += kLanes) {
+      delta += load_first(out + c, s.head_dim - c) * load(m.dout + i * width + c);
+    }
     m.delta[i] = sum(delta);
     const float lse = a.lse[(batch * s.heads + head) * s.queries + i];
     m.lse[i] = lse == -kInfinity ? kInfinity : lse;  // a row that sees nothing: all its probabilities come out 0
@@ -85,7 +87,9 @@ void store_head(const float* from, float factor, void* to, int64_t batch, int64_
   const int64_t width = padded(head_dim);
   for (int64_t i = 0; i < tokens; ++i) {
     T* row = static_cast<T*>(to) + ((batch * tokens + i) * heads + head) * head_dim;
-    for (int64_t c = 0; c < head_dim; c += kLanes) store(row + c, load(from + i * width + c) * factor);
+    for (int64_t c = 0; c < head_dim; c += kLanes) {
+      store_first(row + c, load(from + i * width + c) * factor, head_dim - c);
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 // Matrix products of the small fp32 tiles that attention is made of, held in the nearest caches.
 //
 // A library's sgemm packs its operands and starts its machinery at each call; for tiles of about 100 x 100 that costs
-// as much as it gains. Tiles here have rows padded to a multiple of 16 (`padded`), so columns have no tails.
+// as much as it gains. Tiles here have rows padded to whole micro-tiles (`padded`), so columns have no tails.
 #pragma once
 
 #include "cpu/vec.h"
@@ -59,7 +59,7 @@ PYALPACA_INLINE void micro_tile(int64_t depth, Left a, const float* b, int64_t b
 }
 
 // c (rows x columns) = a (rows x depth) b (depth x columns), or += if `add`. Columns are rounded up to a multiple
-// of 16. A panel of 16 columns of b stays in the first cache while the rows of a pass by.
+// of kColumns. A panel of that many columns of b stays in the first cache while the rows of a pass by.
 __attribute__((noinline)) void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row,
                                     float* c, int64_t c_row, bool add) {
   for (int64_t j = 0; j < columns; j += kColumns) {
@@ -91,15 +91,14 @@ __attribute__((noinline)) void gemm(int64_t rows, int64_t columns, int64_t depth
   }
 }
 
-// ---- copies into tiles: converted to fp32 once, columns zero up to the next multiple of 16
+// ---- copies into tiles: converted to fp32 once, columns zero up to the next multiple of kColumns
 
 // rows x width (a multiple of 8) times `factor` -> to[rows][to_row]
 template <class T>
 void copy_tile(const T* from, int64_t from_row, int64_t rows, int64_t width, float factor, float* to, int64_t to_row) {
   const int64_t end = round_up(width, kColumns);
   for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) {
-    for (int64_t j = 0; j < width; j += kLanes) store(to + j, load(from + j) * factor);
-    for (int64_t j = width; j < end; ++j) to[j] = 0.0f;
+    for (int64_t j = 0; j < end; j += kLanes) store(to + j, load_first(from + j, max(width - j, 0)) * factor);
   }
 }
 
@@ -128,7 +127,8 @@ PYALPACA_INLINE void transpose8(const float* from, int64_t from_row, float* to, 
 #endif
 }
 
-// A tile of rows x width (a multiple of 8) -> to[width][to_row], its columns zero from `rows` up to a multiple of 16.
+// A tile of rows x width (a multiple of 8) -> to[width][to_row], its columns zero from `rows` up to a multiple of
+// kColumns.
 inline void transpose_tile(const float* from, int64_t from_row, int64_t rows, int64_t width, float* to,
                            int64_t to_row) {
   const int64_t whole = rows / 8 * 8, end = round_up(rows, kColumns);

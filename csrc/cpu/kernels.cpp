@@ -3,12 +3,17 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #define PYALPACA_ISA baseline
 #include "cpu/instruction_set.h"
 #undef PYALPACA_ISA
-#ifdef PYALPACA_AVX2
+#ifdef PYALPACA_X86
 #define PYALPACA_ISA avx2
+#include "cpu/instruction_set.h"
+#undef PYALPACA_ISA
+#define PYALPACA_ISA avx512
 #include "cpu/instruction_set.h"
 #undef PYALPACA_ISA
 #endif
@@ -16,28 +21,50 @@
 namespace pyalpaca::cpu {
 namespace {
 
-constexpr Kernels kBaseline = {
-    "baseline",           baseline::rms_norm,        baseline::rms_norm_backward,
-    baseline::rope,       baseline::flash_attention, baseline::flash_attention_backward,
-    baseline::lora_merge,
+// One line an operator: a set whose kernel is absent does not compile.
+#define PYALPACA_KERNELS(isa)        \
+  {                                  \
+      #isa,                          \
+      isa::rms_norm,                 \
+      isa::rms_norm_backward,        \
+      isa::rope,                     \
+      isa::flash_attention,          \
+      isa::flash_attention_backward, \
+      isa::lora_merge,               \
+  }
+
+struct InstructionSet {
+  Kernels kernels;
+  bool (*present)();
 };
 
-#ifdef PYALPACA_AVX2
-constexpr Kernels kAvx2 = {
-    "avx2",           avx2::rms_norm,        avx2::rms_norm_backward,
-    avx2::rope,       avx2::flash_attention, avx2::flash_attention_backward,
-    avx2::lora_merge,
-};
+// From the best to the one that runs on any processor.
+constexpr InstructionSet kSets[] = {
+#ifdef PYALPACA_X86
+    {PYALPACA_KERNELS(avx512),
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+    {PYALPACA_KERNELS(avx2),
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
+    {PYALPACA_KERNELS(baseline), [] { return true; }},
+};
 
-// PYALPACA_CPU=baseline asks for the kernels that run on any processor, to test them on one that has more.
+// PYALPACA_CPU=baseline (or avx2, avx512) asks for the kernels of a lesser set, to test them on a processor that has
+// more.
 const Kernels& pick() {
   const char* asked = std::getenv("PYALPACA_CPU");
-  if (asked != nullptr && std::strcmp(asked, "baseline") == 0) return kBaseline;
-#ifdef PYALPACA_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return kAvx2;
-#endif
-  return kBaseline;
+  std::string names;
+  for (const InstructionSet& set : kSets) {
+    if (!set.present()) continue;
+    if (asked == nullptr || *asked == 0 || std::strcmp(asked, set.kernels.name) == 0) return set.kernels;
+    names += (names.empty() ? "" : ", ") + std::string(set.kernels.name);
+  }
+  throw std::runtime_error("PYALPACA_CPU is " + std::string(asked) +
+                           ", expected one of what this processor has: " + names + "; unset it to have the first");
 }
 
 }  // namespace

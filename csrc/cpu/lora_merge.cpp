@@ -17,7 +17,9 @@ constexpr int64_t kBlockFloats = 32768;  // of a: stays in the second-level cach
 constexpr int kRows = 4, kVecs = 3;      // 12 running sums in registers
 
 PYALPACA_INLINE Vec fused(Vec x, Vec y, Vec z) {
-#ifdef __FMA__
+#if defined(__AVX512F__)
+  return as<Vec>(_mm512_fmadd_ps(as<__m512>(x), as<__m512>(y), as<__m512>(z)));
+#elif defined(__FMA__)
   return as<Vec>(_mm256_fmadd_ps(as<__m256>(x), as<__m256>(y), as<__m256>(z)));
 #else
   for (int i = 0; i < kLanes; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);

@@ -1,4 +1,5 @@
-// Eight floats at a time, in the compiler's vector extension: one source for every instruction set, x86 and ARM alike.
+// A vector of floats in the compiler's vector extension: one source for every instruction set, x86 and ARM alike.
+// As wide as a register of AVX-512 (16 floats) or AVX2 (8); elsewhere 8, which the compiler makes of what there is.
 // bf16 and fp16 are converted where they are loaded and stored; all arithmetic is fp32.
 #pragma once
 
@@ -7,7 +8,7 @@
 
 #include "cpu/kernels.h"
 
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -16,11 +17,16 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kLanes = 8;
-typedef float Vec __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint32_t Bits __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+#define PYALPACA_LANES 16
+#else
+#define PYALPACA_LANES 8
+#endif
+constexpr int64_t kLanes = PYALPACA_LANES;
+typedef float Vec __attribute__((vector_size(4 * PYALPACA_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * PYALPACA_LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * PYALPACA_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * PYALPACA_LANES)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -37,15 +43,26 @@ PYALPACA_INLINE To as(const From& x) {
   return y;
 }
 
-PYALPACA_INLINE Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+PYALPACA_INLINE Vec splat(float x) { return x - Vec{}; }  // minus 0: a -0 keeps its sign
 
-PYALPACA_INLINE float sum(Vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+typedef float Eight __attribute__((vector_size(32)));
 
-PYALPACA_INLINE float max(Vec x) {
+// The sum of all lanes, always in the same order.
+PYALPACA_INLINE float sum(Eight x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+PYALPACA_INLINE float max(Eight x) {
   float m = x[0];
-  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  for (int i = 1; i < 8; ++i) m = x[i] > m ? x[i] : m;
   return m;
 }
+#ifdef __AVX512F__
+PYALPACA_INLINE Eight low(Vec x) { return as<Eight>(_mm512_castps512_ps256(as<__m512>(x))); }
+PYALPACA_INLINE Eight high(Vec x) { return as<Eight>(_mm512_extractf32x8_ps(as<__m512>(x), 1)); }
+PYALPACA_INLINE float sum(Vec x) { return sum(low(x) + high(x)); }
+PYALPACA_INLINE float max(Vec x) {
+  const Eight a = low(x), b = high(x);
+  return max(a > b ? a : b);
+}
+#endif
 
 PYALPACA_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 PYALPACA_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -69,7 +86,7 @@ PYALPACA_INLINE uint16_t float_to_half(float x) {
   return static_cast<uint16_t>(sign | (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13);
 }
 
-// ---- loads and stores of 8 elements, and of one
+// ---- loads and stores of kLanes elements, and of one
 PYALPACA_INLINE Vec load(const float* p) {
   Vec x;
   std::memcpy(&x, p, sizeof(x));
@@ -91,7 +108,9 @@ PYALPACA_INLINE void store(BFloat16* p, Vec x) {
 }
 
 PYALPACA_INLINE Vec load(const Half* p) {
-#ifdef __F16C__
+#if defined(__AVX512F__)
+  return as<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
   return as<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
   Vec x;
@@ -100,7 +119,9 @@ PYALPACA_INLINE Vec load(const Half* p) {
 #endif
 }
 PYALPACA_INLINE void store(Half* p, Vec x) {
-#ifdef __F16C__
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(as<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(x[i]);
@@ -116,6 +137,43 @@ PYALPACA_INLINE void store_one(BFloat16* p, float x) {
   p->bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : (bits >> 16 | 0x40));
 }
 PYALPACA_INLINE void store_one(Half* p, float x) { p->bits = float_to_half(x); }
+
+// ---- the first `count` elements, as where a row ends: the other lanes are loaded as 0 and not stored
+template <class T>
+PYALPACA_INLINE Vec load_first(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+#ifdef __AVX512F__
+  const __mmask16 lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return as<Vec>(_mm512_maskz_loadu_ps(lanes, p));
+  } else {
+    const __m256i halves = _mm256_maskz_loadu_epi16(lanes, p);
+    return load(reinterpret_cast<const T*>(&halves));
+  }
+#else
+  T row[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) row[i] = p[i];
+  return load(row);
+#endif
+}
+template <class T>
+PYALPACA_INLINE void store_first(T* p, Vec x, int64_t count) {
+  if (count >= kLanes) return store(p, x);
+#ifdef __AVX512F__
+  const __mmask16 lanes = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    _mm512_mask_storeu_ps(p, lanes, as<__m512>(x));
+  } else {
+    __m256i halves;
+    store(reinterpret_cast<T*>(&halves), x);
+    _mm256_mask_storeu_epi16(p, lanes, halves);
+  }
+#else
+  T row[kLanes];
+  store(row, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = row[i];
+#endif
+}
 
 // e^x for x <= 88, within 2 units in the last place; 0 below -87.3 (where fp32 turns subnormal), NaN for NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial (next term below 2^-27), 2^n by the exponent bits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from ops_cases import backends_here, random
 
 import pyalpaca.ops
+from pyalpaca.ops import extension
 
 pytestmark = pytest.mark.skipif("cpp" not in backends_here(), reason="the extension is not built")
 
@@ -85,11 +87,21 @@ def test_meta_tensors_go_through_the_front_door() -> None:
         assert pyalpaca.ops.rms_norm(x, torch.empty(16, device="meta"), 1e-6).shape == x.shape
 
 
-def test_the_kernels_for_any_processor_pass_the_same_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lesser", ["baseline", "avx2"])
+def test_the_kernels_for_lesser_processors_pass_the_same_tests(lesser: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if extension.module().info()["capability"] not in ("avx2", "avx512")[("baseline", "avx2").index(lesser) :]:
+        pytest.skip("this processor has no more than that, or not as much")
     # In bf16 and fp16 (both names hold "float16"), whose conversions are what differs most between processors.
-    monkeypatch.setenv("PYALPACA_CPU", "baseline")
+    monkeypatch.setenv("PYALPACA_CPU", lesser)
     here = Path(__file__).parent
     files = [str(here / f"test_{name}.py") for name in ("rms_norm", "rope", "flash_attention")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpp and oracle and float16", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    program = "import torch, pyalpaca._C; pyalpaca._C.info()"
+    environment = {**os.environ, "PYALPACA_CPU": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert "PYALPACA_CPU is avx1024, expected one of what this processor has: " in done.stderr
