@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyalpaca.model.config import LlamaConfig
 from pyalpaca.model.rope import Rope, rope_table
+from pyalpaca.ops import flash_attention
 
 
 def identity(x: Tensor) -> Tensor:
@@ -40,6 +41,7 @@ class Axis:
     cross_entropy: per-token loss (B, S) from this rank's columns of the logits, of S or (filled up) more positions.
     gather_logits: this rank's columns -> all columns, for sampling; no gradient.
     rope_table: cos and sin of what attention sees, from its start and the length of the stream on this rank.
+    attend: causal attention of queries (B, S, H, d) to keys and values (B, S, K, d) of the same positions, without a cache.
     """
 
     rank: int = 0
@@ -51,6 +53,7 @@ class Axis:
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     gather_logits: Callable[[Tensor], Tensor] = identity
     rope_table: Callable[[LlamaConfig, int, int, torch.device], Rope] = rope_table
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = flash_attention
 
     def length(self, tokens: int) -> int:
         """The length of the residual stream on this rank, of so many tokens."""

@@ -26,11 +26,15 @@ def undropped(x: Tensor, module: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Share of features dropped, in [0, 1); the run's seed; and the samples' numbers in the run, int64 (B,)."""
+    """Share of features dropped, in [0, 1); the run's seed; the samples' numbers in the run, int64 (B,).
+
+    positions: where the tokens stand in their samples, int64 (S,); None: one after the other, from 0.
+    """
 
     rate: float
     seed: int
     samples: Tensor
+    positions: Tensor | None = None
 
 
 def mask(dropout: Dropout, place: str, num_tokens: int, first: int, stop: int) -> Tensor:
@@ -38,7 +42,9 @@ def mask(dropout: Dropout, place: str, num_tokens: int, first: int, stop: int) -
     device = dropout.samples.device
     key = zlib.crc32(f"{dropout.seed} {place}".encode()) - (1 << 31)
     samples_B = _mix((dropout.samples % (1 << 31)).int() + key)
-    rows_BS = _mix(samples_B.unsqueeze(-1) + torch.arange(num_tokens, dtype=torch.int32, device=device))
+    places = dropout.positions
+    tokens_S = torch.arange(num_tokens, dtype=torch.int32, device=device) if places is None else places.int()
+    rows_BS = _mix(samples_B.unsqueeze(-1) + tokens_S)
     columns_I = _mix(torch.arange(first, stop, dtype=torch.int32, device=device) ^ key)
     threshold = min(round(dropout.rate * (1 << 32)), (1 << 32) - 1) - (1 << 31)
     return _mix(rows_BS.unsqueeze(-1) + columns_I) >= threshold

@@ -42,18 +42,24 @@ def project(params: Tree, module: str, x: Tensor, config: LlamaConfig, drop: Dro
 
 
 def attention(
-    params: Tree, x_BSD: Tensor, table: Rope, config: LlamaConfig, cache: LayerCache | None = None, drop: Drop = undropped
+    params: Tree,
+    x_BSD: Tensor,
+    table: Rope,
+    config: LlamaConfig,
+    axis: Axis = ONE_DEVICE,
+    cache: LayerCache | None = None,
+    drop: Drop = undropped,
 ) -> Tensor:
     """Causal self-attention over this rank's heads; with a cache, keys and values are stored in it and read from it."""
     q_BSHd, k_BSKd, v_BSKd = (project(params, name, x_BSD, config, drop).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
     q_BSHd, k_BSKd = rope(q_BSHd, *table), rope(k_BSKd, *table)
-    start = 0
-    if cache is not None:
-        start, stop = cache.start, cache.start + x_BSD.shape[1]
-        cache.k[:, start:stop], cache.v[:, start:stop] = k_BSKd, v_BSKd
-        k_BSKd, v_BSKd = cache.k[:, :stop], cache.v[:, :stop]
-    mixed_BSD = flash_attention(q_BSHd, k_BSKd, v_BSKd, causal=True, q_offset=start).flatten(-2)
-    return project(params, "o", mixed_BSD, config, drop)
+    if cache is None:
+        mixed_BSHd = axis.attend(q_BSHd, k_BSKd, v_BSKd)
+    else:
+        stop = cache.start + x_BSD.shape[1]
+        cache.k[:, cache.start : stop], cache.v[:, cache.start : stop] = k_BSKd, v_BSKd
+        mixed_BSHd = flash_attention(q_BSHd, cache.k[:, :stop], cache.v[:, :stop], q_offset=cache.start)
+    return project(params, "o", mixed_BSHd.flatten(-2), config, drop)
 
 
 def feed_forward(params: Tree, x_BSD: Tensor, config: LlamaConfig, again: Again = kept, drop: Drop = undropped) -> Tensor:
@@ -80,7 +86,7 @@ def layer(
         return axis.enter(rms_norm(x, norm, config.norm_eps))
 
     a_BSD = again(enter(x_BSD, params["attention_norm"]), enter, x_BSD, params["attention_norm"])
-    x_BSD = x_BSD + axis.exit(attention(params["attention"], a_BSD, table, config, cache, drop))
+    x_BSD = x_BSD + axis.exit(attention(params["attention"], a_BSD, table, config, axis, cache, drop))
     f_BSD = again(enter(x_BSD, params["ffn_norm"]), enter, x_BSD, params["ffn_norm"])
     return x_BSD + axis.exit(feed_forward(params["ffn"], f_BSD, config, again, drop))
 

@@ -7,7 +7,7 @@ serves which operator, and why.
 """
 
 from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report
-from pyalpaca.ops.operators import flash_attention, flash_attention_lse, lora_merge, rms_norm, rope
+from pyalpaca.ops.operators import flash_attention, flash_attention_backward, flash_attention_lse, lora_merge, rms_norm, rope
 
 __all__ = [
     "BACKENDS",
@@ -15,6 +15,7 @@ __all__ = [
     "backend",
     "backend_report",
     "flash_attention",
+    "flash_attention_backward",
     "flash_attention_lse",
     "lora_merge",
     "rms_norm",

@@ -32,6 +32,10 @@ class Backend(Protocol):
         self, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
     ) -> tuple[Tensor, Tensor]: ...
 
+    def flash_attention_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
     def lora_merge(self, weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor: ...
 
 

@@ -47,3 +47,10 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     out, lse_BHS = torch.ops.pyalpaca.flash_attention.default(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
     return out, lse_BHS
+
+
+def flash_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.ops.pyalpaca.flash_attention_backward.default(dout, q, k, v, out, lse, causal, 0, scale)
+    return dq, dk, dv

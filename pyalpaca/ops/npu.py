@@ -62,9 +62,7 @@ def flash_attention(
         return reference.flash_attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
     mask: dict[str, Any] = {}
     if causal and num_queries == num_keys and q_offset == 0:
-        # sparse_mode 2 is the upper-left causal mask, which wants this very mask whatever the lengths are.
-        triangle = torch.ones(2048, 2048, dtype=torch.bool, device=q_BSHd.device).triu(1)
-        mask = {"atten_mask": triangle, "sparse_mode": 2}
+        mask = _triangle(q_BSHd)
     elif causal:
         last_key = torch.arange(num_queries, device=q_BSHd.device)[:, None] + q_offset
         mask = {"atten_mask": torch.arange(num_keys, device=q_BSHd.device) > last_key}
@@ -73,6 +71,27 @@ def flash_attention(
     )
     # Both statistics come as (B, H, S, 8), the last dimension eight copies.
     return out, (maximum + total.log())[..., 0]
+
+
+def flash_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Probabilities are exp(score - maximum) / total to torch_npu: a logsumexp is a maximum whose total is 1.
+    statistic = lse.float().unsqueeze(-1).expand(*lse.shape, 8).contiguous()
+    dq, dk, dv, *_ = _torch_npu().npu_fusion_attention_grad(
+        *(q, k, v, dout, q.shape[2], "BSND"),
+        softmax_max=statistic,
+        softmax_sum=torch.ones_like(statistic),
+        attention_in=out,
+        scale_value=scale,
+        **(_triangle(q) if causal else {}),
+    )
+    return dq, dk, dv
+
+
+def _triangle(q: Tensor) -> dict[str, Any]:
+    """The upper-left causal mask, sparse_mode 2, which wants this very mask whatever the lengths are."""
+    return {"atten_mask": torch.ones(2048, 2048, dtype=torch.bool, device=q.device).triu(1), "sparse_mode": 2}
 
 
 @functools.cache

@@ -68,6 +68,20 @@ def flash_attention_lse(
     return _attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
 
 
+def flash_attention_backward(
+    dout_BSHd: Tensor, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, out_BSHd: Tensor, lse_BHS: Tensor, *, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, like them, from that of the output; scale d**-0.5 and no offset.
+
+    out and lse (B, H, S), fp32, may be those of attention over more keys than k and v hold: what comes out is then the part of
+    the gradients that these keys give (Liu et al. 2023). It has no gradient of its own.
+    """
+    backend = choose("flash_attention", q_BSHd)
+    return backend.flash_attention_backward(
+        dout_BSHd, q_BSHd, k_BTKd, v_BTKd, out_BSHd, lse_BHS, causal, q_BSHd.shape[-1] ** -0.5
+    )
+
+
 def _attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:

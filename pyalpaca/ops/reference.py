@@ -61,3 +61,21 @@ def flash_attention(
     total_BHS1 = weight_BHST.sum(-1, keepdim=True)
     weight_BHST = weight_BHST / total_BHS1.masked_fill(total_BHS1 == 0, 1.0)
     return (weight_BHST @ v_BHTd).transpose(1, 2).to(q_BSHd.dtype), lse_BHS
+
+
+def flash_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that these keys give, of attention over them and perhaps others, whose output and logsumexp are given."""
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    q_BKGSd, dout_BKGSd, out_BKGSd = (_wide(x).unflatten(2, (heads, group)).permute(0, 2, 3, 1, 4) for x in (q, dout, out))
+    k_BK1Td, v_BK1Td = (_wide(x).transpose(1, 2).unsqueeze(2) for x in (k, v))
+    weight_BKGST = torch.exp(q_BKGSd * scale @ k_BK1Td.transpose(-1, -2) - lse.unflatten(1, (heads, group))[..., None])
+    if causal:
+        weight_BKGST = weight_BKGST.tril()
+    dweight_BKGST = dout_BKGSd @ v_BK1Td.transpose(-1, -2) - (dout_BKGSd * out_BKGSd).sum(-1, keepdim=True)
+    dscores_BKGST = weight_BKGST * dweight_BKGST * scale
+    dq = (dscores_BKGST @ k_BK1Td).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    dk = (dscores_BKGST.transpose(-1, -2) @ q_BKGSd).sum(2).transpose(1, 2)
+    dv = (weight_BKGST.transpose(-1, -2) @ dout_BKGSd).sum(2).transpose(1, 2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

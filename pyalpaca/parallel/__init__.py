@@ -19,6 +19,7 @@ from pyalpaca.parallel.deferred import Deferred, give
 from pyalpaca.parallel.host import agree, host_group, remember, remembered, tell
 from pyalpaca.parallel.mesh import Mesh, close_mesh, find_device, init_mesh
 from pyalpaca.parallel.pipeline import run_pipeline
+from pyalpaca.parallel.ring import context_axis, context_share, ring_attention, ring_positions
 from pyalpaca.parallel.schedule import (
     SCHEDULES,
     Action,
@@ -48,6 +49,8 @@ __all__ = [
     "broadcast",
     "broadcast_object",
     "close_mesh",
+    "context_axis",
+    "context_share",
     "find_device",
     "gather_objects",
     "give",
@@ -59,6 +62,8 @@ __all__ = [
     "reduce_scatter_sequence",
     "remember",
     "remembered",
+    "ring_attention",
+    "ring_positions",
     "run_pipeline",
     "sequence_parameters",
     "simulate",

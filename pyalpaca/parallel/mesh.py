@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 
@@ -18,9 +18,10 @@ _BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes and ranks of the tensor (tp), data (dp) and pipeline (pp) axes; tp varies fastest, pp slowest.
+    """Sizes and ranks of the tensor (tp), context (cp), data (dp) and pipeline (pp) axes; tp varies fastest, pp slowest.
 
-    The groups are None where an axis has size 1.
+    Replicas are the ranks that hold the same weights and see other tokens: those of the context and the data axis together.
+    The groups are None where they are of one rank.
     """
 
     device: torch.device
@@ -29,24 +30,38 @@ class Mesh:
     pp: int = 1
     rank: int = 0
     tp_group: dist.ProcessGroup | None = None
-    dp_group: dist.ProcessGroup | None = None
+    replica_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
+    cp: int = 1
+    cp_group: dist.ProcessGroup | None = None
 
     @property
     def world(self) -> int:
-        return self.tp * self.dp * self.pp
+        return self.tp * self.replicas * self.pp
+
+    @property
+    def replicas(self) -> int:
+        return self.cp * self.dp
 
     @property
     def tp_rank(self) -> int:
         return self.rank % self.tp
 
     @property
+    def replica_rank(self) -> int:
+        return self.rank // self.tp % self.replicas
+
+    @property
+    def cp_rank(self) -> int:
+        return self.replica_rank % self.cp
+
+    @property
     def dp_rank(self) -> int:
-        return self.rank // self.tp % self.dp
+        return self.replica_rank // self.cp
 
     @property
     def pp_rank(self) -> int:
-        return self.rank // (self.tp * self.dp)
+        return self.rank // (self.tp * self.replicas)
 
     @property
     def first_stage(self) -> bool:
@@ -57,8 +72,8 @@ class Mesh:
         return self.pp_rank == self.pp - 1
 
     def stage_neighbour(self, step: int) -> int:
-        """The global rank of the same tp and dp rank, `step` pipeline stages further; after the last comes the first."""
-        return (self.rank + step * self.tp * self.dp) % self.world
+        """The global rank of the same tp, cp and dp rank, `step` pipeline stages further; after the last comes the first."""
+        return (self.rank + step * self.tp * self.replicas) % self.world
 
 
 def find_device() -> torch.device:
@@ -76,16 +91,17 @@ def find_device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_mesh(tp: int = 1, pp: int = 1, timeout_minutes: float = 30.0) -> Mesh:
-    """The mesh of this process under torchrun; what tp x pp leaves of the world is data parallel. Alone: one device.
+def init_mesh(tp: int = 1, pp: int = 1, timeout_minutes: float = 30.0, cp: int = 1) -> Mesh:
+    """The mesh of this process under torchrun; what tp x cp x pp leaves of the world is data parallel. Alone: one device.
 
-    ValueError if the world is not a multiple of tp x pp.
+    ValueError if the world is not a multiple of tp x cp x pp.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (tp * pp):
+    world, model = int(os.environ.get("WORLD_SIZE", "1")), tp * cp * pp
+    if world % model:
+        context = f"context-parallel {cp} x " * (cp > 1)
         raise ValueError(
-            f"{world} process{'es' * (world > 1)} can't form tensor-parallel {tp} x pipeline-parallel {pp}: "
-            f"start a multiple of {tp * pp} of them, e.g. with torchrun --nproc_per_node {tp * pp}"
+            f"{world} process{'es' * (world > 1)} can't form tensor-parallel {tp} x {context}pipeline-parallel {pp}: "
+            f"start a multiple of {model} of them, e.g. with torchrun --nproc_per_node {model}"
         )
     device = find_device()
     if world == 1:
@@ -93,7 +109,7 @@ def init_mesh(tp: int = 1, pp: int = 1, timeout_minutes: float = 30.0) -> Mesh:
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         start_group(_BACKENDS[device.type], timeout_minutes)
-    mesh = Mesh(device, tp, world // (tp * pp), pp, dist.get_rank())
+    mesh = Mesh(device, tp, world // model, pp, dist.get_rank(), cp=cp)
 
     def group(size: int, key: Callable[[Mesh], tuple[int, ...]]) -> dist.ProcessGroup | None:
         """This rank's group of the ranks that share `key`; every process makes every group, in the same order."""
@@ -101,19 +117,16 @@ def init_mesh(tp: int = 1, pp: int = 1, timeout_minutes: float = 30.0) -> Mesh:
             return None
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(world):
-            members.setdefault(key(Mesh(device, mesh.tp, mesh.dp, mesh.pp, rank)), []).append(rank)
+            members.setdefault(key(replace(mesh, rank=rank)), []).append(rank)
         groups = {k: dist.new_group(ranks, timeout=timeout) for k, ranks in sorted(members.items())}
         return groups[key(mesh)]
 
-    return Mesh(
-        device,
-        mesh.tp,
-        mesh.dp,
-        mesh.pp,
-        mesh.rank,
-        tp_group=group(mesh.tp, lambda m: (m.dp_rank, m.pp_rank)),
-        dp_group=group(mesh.dp, lambda m: (m.tp_rank, m.pp_rank)),
-        pp_group=group(mesh.pp, lambda m: (m.tp_rank, m.dp_rank)),
+    return replace(
+        mesh,
+        tp_group=group(mesh.tp, lambda m: (m.replica_rank, m.pp_rank)),
+        replica_group=group(mesh.replicas, lambda m: (m.tp_rank, m.pp_rank)),
+        pp_group=group(mesh.pp, lambda m: (m.tp_rank, m.replica_rank)),
+        cp_group=group(mesh.cp, lambda m: (m.tp_rank, m.dp_rank, m.pp_rank)),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _AT_LEAST_ONE = (
-    *("tp", "pp", "micro_batch_size", "global_batch_size", "seq_length", "steps"),
+    *("tp", "cp", "pp", "micro_batch_size", "global_batch_size", "seq_length", "steps"),
     *("keep", "log_every", "hysteresis", "loss_scale_window", "bucket_size", "recompute_every"),
 )
 
@@ -32,7 +32,8 @@ class TrainConfig:
     vocab_size: int = _setting(0, "real vocabulary of a Megatron folder without config.json (0: the folder says)")
 
     tp: int = _setting(1, "tensor-parallel size")
-    pp: int = _setting(1, "pipeline-parallel size; what tp x pp leaves of the processes is data parallel")
+    pp: int = _setting(1, "pipeline-parallel size; what tp x cp x pp leaves of the processes is data parallel")
+    cp: int = _setting(1, "context-parallel size: a sequence is cut among so many processes, for long ones")
     engine: str = _setting("native", "what holds weights and optimizer: pyalpaca or DeepSpeed", ("native", "deepspeed"))
     deepspeed_config: str = _setting("", "DeepSpeed's JSON file for --engine deepspeed; its auto is what the settings here say")
     zero: int = _setting(0, "ZeRO stage; 1: the ranks of data parallelism share the optimizer's state (2 and 3 are DeepSpeed's)")

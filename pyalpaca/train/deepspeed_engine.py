@@ -87,8 +87,10 @@ def _import_deepspeed(setup: Setup) -> Any:
 def check_deepspeed(setup: Setup) -> None:
     """ValueError for settings that DeepSpeed's engine can't serve."""
     config, mesh = setup.config, setup.mesh
-    if mesh.tp * mesh.pp > 1:
-        raise ValueError(f"engine deepspeed is data-parallel only, but tp is {mesh.tp} and pp {mesh.pp}; set both to 1")
+    if mesh.tp * mesh.cp * mesh.pp > 1:
+        raise ValueError(
+            f"engine deepspeed is data-parallel only, but tp is {mesh.tp}, cp {mesh.cp} and pp {mesh.pp}; set all three to 1"
+        )
     if config.zero:
         raise ValueError("zero is given with engine deepspeed, whose stage stands in --deepspeed-config; leave --zero out")
     if setup.model.tie_embeddings:
@@ -149,7 +151,7 @@ class _Zero:
             # DeepSpeed takes the mean over ranks of gradients that are already shares of the mean over all labels.
             engine.backward(loss * mesh.dp, scale_wrt_gas=False)
             engine.step()
-        total = all_reduce(total, mesh.dp_group)
+        total = all_reduce(total, mesh.replica_group)
         overflow = bool(engine.optimizer.overflow)
         norm = float("inf") if overflow else float(engine.get_global_grad_norm())
         finite, skip = judge(state, total.item(), norm, setup, lambda: "DeepSpeed found gradients that are not finite")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyalpaca.data import Data, ordered_batch
 from pyalpaca.model import Tree, forward
-from pyalpaca.parallel import Mesh, all_reduce
+from pyalpaca.parallel import Mesh, all_reduce, context_share
 from pyalpaca.train.step import Setup
 
 
@@ -39,13 +39,14 @@ def evaluate(params: Tree, data: Data, setup: Setup) -> Evaluation:
         last = min(first + rows, count)
         found = ordered_batch(data, first, last, rows, config.seq_length, config.pad_to or "length")
         tokens, labels = (x.to(mesh.device) for x in found)
+        tokens, labels, _ = context_share(tokens, labels, mesh, setup.axis)
         y = forward(params, tokens if mesh.first_stage else _receive(params, mesh), setup.model, setup.axis)
         if mesh.last_stage:
             total[0] += setup.axis.cross_entropy(y, labels).double().sum()
             total[1] += (labels != -100).sum()
         else:
             _send(y, mesh)
-    loss, labelled = all_reduce(all_reduce(total, mesh.dp_group), mesh.pp_group).tolist()
+    loss, labelled = all_reduce(all_reduce(total, mesh.replica_group), mesh.pp_group).tolist()
     return Evaluation(loss / labelled if labelled else math.nan, int(labelled))
 
 

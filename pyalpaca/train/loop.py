@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     something is evaluated {output}/best.
     ValueError before anything is written for settings, model and data that do not fit together.
     """
-    mesh = init_mesh(config.tp, config.pp, config.timeout)
+    mesh = init_mesh(config.tp, config.pp, config.timeout, config.cp)
     if config.global_batch_size % (mesh.dp * config.micro_batch_size):
         raise ValueError(
             f"global batch size {config.global_batch_size} is not a multiple of micro batch size {config.micro_batch_size} "

@@ -87,7 +87,7 @@ def performance_table(summary: Mapping[str, Any], model: LlamaConfig, config: Tr
     row = {
         "devices": f"{mesh.world} {mesh.device.type}",
         "parameters": _size(model),
-        "layout": f"tp{mesh.tp} pp{mesh.pp} dp{mesh.dp}",
+        "layout": f"tp{mesh.tp} pp{mesh.pp} dp{mesh.dp}" + f" cp{mesh.cp}" * (mesh.cp > 1),
         "batch": f"{config.global_batch_size}",
         "sequence": f"{config.seq_length}",
         "samples/s/p": f"{summary['samples_per_second_per_device']:.2f}",

@@ -27,13 +27,15 @@ class OptimizerState(NamedTuple):
 
 
 def zero_ranks(mesh: Mesh, config: TrainConfig) -> int:
-    """How many data-parallel ranks share the optimizer's state; 1: each has all of it."""
-    return mesh.dp if config.zero else 1
+    """How many ranks that hold the same weights share the optimizer's state; 1: each has all of it."""
+    return mesh.replicas if config.zero else 1
 
 
 def updated(trainable: Mapping[str, Tensor], mesh: Mesh, config: TrainConfig) -> dict[str, Tensor]:
     """What this rank's optimizer works on: the trainable tensors, with ZeRO-1 its own rows of them, as views."""
-    return {k: own_rows(p, mesh.dp_rank, ranks) if (ranks := zero_ranks(mesh, config)) > 1 else p for k, p in trainable.items()}
+    return {
+        k: own_rows(p, mesh.replica_rank, ranks) if (ranks := zero_ranks(mesh, config)) > 1 else p for k, p in trainable.items()
+    }
 
 
 def updated_place(parameter: Parameter, mesh: Mesh, config: TrainConfig) -> list[tuple[int, int, int]] | None:
@@ -42,7 +44,7 @@ def updated_place(parameter: Parameter, mesh: Mesh, config: TrainConfig) -> list
     if ranks == 1:
         return [piece] if piece else None
     first, last = piece[1:] if piece and piece[0] == 0 else (0, parameter.shape[0])
-    start, stop = row_range(last - first, mesh.dp_rank, ranks)
+    start, stop = row_range(last - first, mesh.replica_rank, ranks)
     return [(0, first + start, first + stop), *([piece] if piece and piece[0] != 0 else [])]
 
 
@@ -58,13 +60,13 @@ def init_optimizer(trainable: Mapping[str, Tensor]) -> OptimizerState:
 def gradient_norm(grads: Mapping[str, Tensor], table: Mapping[str, Parameter], mesh: Mesh, zero: bool = False) -> Tensor:
     """The 2-norm of the whole model's gradient, fp32 scalar: what several ranks hold a copy of is counted once.
 
-    zero: each data-parallel rank has only its own rows.
+    zero: each replica has only its own rows.
     """
     mine = [g for path, g in grads.items() if table[path].dim is not None or mesh.tp_rank == 0]
     squares = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if mine:
         squares += torch.stack(torch._foreach_norm(mine)).double().square().sum()
-    for group in (mesh.tp_group, mesh.pp_group, mesh.dp_group if zero else None):
+    for group in (mesh.tp_group, mesh.pp_group, mesh.replica_group if zero else None):
         squares = all_reduce(squares, group)
     return squares.sqrt().float()
 

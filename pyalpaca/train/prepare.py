@@ -35,7 +35,7 @@ from pyalpaca.model import (
     stage_parameters,
     unflatten,
 )
-from pyalpaca.parallel import Mesh, tensor_axis
+from pyalpaca.parallel import Mesh, context_axis, tensor_axis
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.optimizer import init_optimizer, updated
 from pyalpaca.train.schedule import LossScale
@@ -149,7 +149,9 @@ def plan(model: LlamaConfig, config: TrainConfig, mesh: Mesh) -> Setup:
         stage = {p.path: p for p in stage_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp)}
     except ValueError as error:
         raise ValueError(f"{config.model}: {error}") from None
-    return Setup(config, model, mesh, tensor_axis(mesh, model.vocab_size), stage, frozenset(stage) & trainable)
+    return Setup(
+        config, model, mesh, context_axis(tensor_axis(mesh, model.vocab_size), mesh), stage, frozenset(stage) & trainable
+    )
 
 
 def start(config: TrainConfig, setup: Setup, reader: Any) -> TrainState:

@@ -117,7 +117,7 @@ class Saver:
                 partial.mkdir(parents=True, exist_ok=True)
                 where = f"tp{mesh.tp_rank:02d}-pp{mesh.pp_rank:02d}"
                 if zero_ranks(mesh, self._setup.config) > 1:
-                    where += f"-dp{mesh.dp_rank:02d}"
+                    where += f"-dp{mesh.replica_rank:02d}"
                 for kind, tensors in job.shards.items():
                     entries += write_native_shard(partial, where, tensors, kind)
             except Exception as error:  # the others wait to hear of it
@@ -172,9 +172,9 @@ def _job(state: TrainState, setup: Setup, links: tuple[str, ...], copy: bool) ->
     }
     shards: dict[str, Shard] = {}
     mesh, config = setup.mesh, setup.config
-    if mesh.dp_rank == 0:
+    if mesh.replica_rank == 0:
         shards["model"] = _owned(flatten(state.params), setup, "", copy, lambda p: shard(p, mesh.tp_rank, mesh.tp))
-    if mesh.dp_rank == 0 or zero_ranks(mesh, config) > 1:
+    if mesh.replica_rank == 0 or zero_ranks(mesh, config) > 1:
         shards["optimizer"] = {}
         for kind in _MOMENTS:
             values = getattr(state.optimizer, kind)

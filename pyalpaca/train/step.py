@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyalpaca.model import Axis, Dropout, LlamaConfig, Parameter, Recompute, Tree, flatten, forward, unflatten
-from pyalpaca.parallel import Mesh, all_reduce, all_reduce_buckets, one_f_one_b, run_pipeline
+from pyalpaca.parallel import Mesh, all_reduce, all_reduce_buckets, context_share, one_f_one_b, run_pipeline
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.finite import first_bad
 from pyalpaca.train.optimizer import OptimizerState, gradient_norm, update, updated, zero_ranks
@@ -62,7 +62,7 @@ class Metrics:
 
 def label_count(labels_NBS: Tensor, mesh: Mesh) -> Tensor:
     """How many labels the global batch has, fp32 scalar, at least 1."""
-    return all_reduce((labels_NBS != -100).sum().float(), mesh.dp_group).clamp(min=1.0)
+    return all_reduce((labels_NBS != -100).sum().float(), mesh.replica_group).clamp(min=1.0)
 
 
 def sample_numbers(tokens_NBS: Tensor, seen: int, mesh: Mesh) -> Tensor:
@@ -115,9 +115,9 @@ def gradients(
     mesh = setup.mesh
     leaves = {path: p.detach().requires_grad_(path in setup.trainable) for path, p in flatten(params).items()}
     tree = unflatten(leaves)
-    count = label_count(labels_NBS, mesh)
-
     rate, numbers_NB = setup.config.lora_dropout, sample_numbers(tokens_NBS, seen, mesh)
+    tokens_NBS, labels_NBS, positions = context_share(tokens_NBS, labels_NBS, mesh, setup.axis)
+    count = label_count(labels_NBS, mesh)
 
     def forward_stage(i: int, x: Tensor | None) -> Tensor:
         y = forward(
@@ -127,14 +127,14 @@ def gradients(
             setup.axis,
             recompute=cast(Recompute, setup.config.recompute),
             recompute_every=setup.config.recompute_every,
-            dropout=Dropout(rate, setup.config.seed, numbers_NB[i]) if rate else None,
+            dropout=Dropout(rate, setup.config.seed, numbers_NB[i], positions) if rate else None,
         )
         return setup.axis.cross_entropy(y, labels_NBS[i]).sum() * (scale / count) if mesh.last_stage else y
 
     wanted = {path: p for path, p in leaves.items() if path in setup.trainable}
     ranks = zero_ranks(mesh, setup.config)
-    buckets = make_buckets(wanted, ranks, setup.config.bucket_size) if mesh.dp_group else []
-    finish = collect(wanted, len(tokens_NBS), buckets, mesh.dp_rank, mesh.dp_group)
+    buckets = make_buckets(wanted, ranks, setup.config.bucket_size) if mesh.replica_group else []
+    finish = collect(wanted, len(tokens_NBS), buckets, mesh.replica_rank, mesh.replica_group)
     losses = run_pipeline(
         one_f_one_b(mesh.pp_rank, mesh.pp, len(tokens_NBS)),
         forward_stage,
@@ -146,7 +146,7 @@ def gradients(
     grads = finish()
     all_reduce_buckets([g for path, g in grads.items() if setup.table[path].partial_grad], mesh.tp_group)
     loss = torch.stack(losses).sum() / scale if losses else torch.zeros((), device=mesh.device)
-    return grads, all_reduce(all_reduce(loss, mesh.dp_group), mesh.pp_group)
+    return grads, all_reduce(all_reduce(loss, mesh.replica_group), mesh.pp_group)
 
 
 def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup: Setup) -> tuple[TrainState, Metrics]:
@@ -167,6 +167,6 @@ def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup:
             torch._foreach_mul_(list(grads.values()), (config.clip / (norm + 1e-6)).clamp(max=1.0))
         weights = {path: p for path, p in flatten(state.params).items() if path in setup.trainable}
         update(updated(weights, mesh, config), grads, state.optimizer, state.updates, lr, config)
-        if sharded and mesh.dp_group:
-            gather_rows(weights, make_buckets(weights, mesh.dp, config.bucket_size), mesh.dp_rank, mesh.dp_group)
+        if sharded and mesh.replica_group:
+            gather_rows(weights, make_buckets(weights, mesh.replicas, config.bucket_size), mesh.replica_rank, mesh.replica_group)
     return advance(state, finite, overflow, config), Metrics(loss.item(), norm.item(), lr, scale, not finite)

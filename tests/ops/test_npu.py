@@ -55,10 +55,41 @@ def npu_fusion_attention(
     return out, maximum.expand(-1, -1, -1, 8), total.expand(-1, -1, -1, 8), None, 0, 0, 0
 
 
+def npu_fusion_attention_grad(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dy: Tensor,
+    head_num: int,
+    input_layout: str,
+    *,
+    atten_mask: Tensor | None = None,
+    softmax_max: Tensor,
+    softmax_sum: Tensor,
+    attention_in: Tensor,
+    scale_value: float = 1.0,
+    sparse_mode: int = 0,
+) -> tuple[Any, ...]:
+    """The same statistics as of the forward pass: probabilities are exp(score - softmax_max) / softmax_sum."""
+    assert input_layout == "BSND" and head_num == query.shape[2] and sparse_mode == (0 if atten_mask is None else 2)
+    q, dout, out = (x.transpose(1, 2) for x in (query, dy, attention_in))
+    group = head_num // key.shape[2]
+    k, v = (x.transpose(1, 2).repeat_interleave(group, 1) for x in (key, value))
+    p = torch.exp(q @ k.transpose(-1, -2) * scale_value - softmax_max[..., :1]) / softmax_sum[..., :1]
+    if atten_mask is not None:
+        p = p.tril()
+    ds = p * (dout @ v.transpose(-1, -2) - (dout * out).sum(-1, keepdim=True)) * scale_value
+    dk, dv = (x.unflatten(1, (-1, group)).sum(2).transpose(1, 2) for x in (ds.mT @ q, p.mT @ dout))
+    return (ds @ k).transpose(1, 2), dk, dv, None
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = SimpleNamespace(
-        npu_rms_norm=npu_rms_norm, npu_rotary_mul=npu_rotary_mul, npu_fusion_attention=npu_fusion_attention
+        npu_rms_norm=npu_rms_norm,
+        npu_rotary_mul=npu_rotary_mul,
+        npu_fusion_attention=npu_fusion_attention,
+        npu_fusion_attention_grad=npu_fusion_attention_grad,
     )
     monkeypatch.setattr(npu, "_torch_npu", lambda: functions)
 
@@ -83,6 +114,15 @@ def test_flash_attention(queries: int, keys: int, causal: bool, q_offset: int) -
     q, k, v = random(2, queries, 4, 8), random(2, keys, 2, 8), random(2, keys, 2, 8, seed=1)
     found = npu.flash_attention(q, k, v, causal, q_offset, 0.3)
     for x, expected in zip(found, reference.flash_attention(q, k, v, causal, q_offset, 0.3), strict=True):
+        torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attention_backward(causal: bool) -> None:
+    q, k, v, dout = random(2, 6, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8, seed=1), random(2, 6, 4, 8, seed=2)
+    out, lse = reference.flash_attention(q, k, v, causal, 0, 0.3)
+    found = npu.flash_attention_backward(dout, q, k, v, out, lse, causal, 0.3)
+    for x, expected in zip(found, reference.flash_attention_backward(dout, q, k, v, out, lse, causal, 0.3), strict=True):
         torch.testing.assert_close(x, expected)
 
 

@@ -66,6 +66,27 @@ def test_sequence_parallelism_changes_no_loss(config: TrainConfig, tp: int, pp: 
         close(found, reference(config))
 
 
+@pytest.mark.parametrize(
+    ("config", "world"),
+    [
+        pytest.param(replace(FULL, cp=2), 2, id="cp2"),
+        pytest.param(replace(LORA, cp=2, tp=2, lora_dropout=0.2), 4, id="cp2 tp2 lora with dropout"),
+        pytest.param(replace(FULL, cp=2, pp=2, recompute="full"), 4, id="cp2 pp2 recomputed"),
+        pytest.param(replace(FULL, cp=2, zero=1), 4, id="cp2 dp2 zero1"),
+        pytest.param(replace(FULL, cp=3), 3, id="cp3"),
+    ],
+)
+def test_context_parallelism_changes_no_loss(config: TrainConfig, world: int) -> None:
+    alone = replace(config, tp=1, cp=1, pp=1, zero=0, recompute="none")
+    for found in launch(world, losses, config, MODEL, STEPS):
+        close(found, reference(alone))
+
+
+def test_context_parallelism_keeps_sequence_parallelism_right() -> None:
+    for found in launch(4, losses, replace(FULL, cp=2, tp=2), MODEL, STEPS, True):
+        close(found, reference(FULL))
+
+
 def test_the_reference_learns() -> None:
     assert reference(FULL)[-1, 0] != reference(FULL)[0, 0]
     assert reference(LORA)[-1, 0] != reference(FULL)[-1, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,16 @@ from torch import Tensor
 from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import LlamaConfig, Tree, flatten, forward, init, parameters, unflatten
 from pyalpaca.model.sharding import chunk_parameters
-from pyalpaca.parallel import all_reduce_buckets, init_mesh, run_pipeline, sequence_parameters, tensor_axis
+from pyalpaca.parallel import (
+    all_reduce_buckets,
+    context_axis,
+    init_mesh,
+    ring_attention,
+    ring_positions,
+    run_pipeline,
+    sequence_parameters,
+    tensor_axis,
+)
 from pyalpaca.parallel.deferred import Deferred
 from pyalpaca.parallel.schedule import pipeline_schedule
 from pyalpaca.train import TrainConfig
@@ -36,11 +46,11 @@ def losses(config: TrainConfig, model: LlamaConfig, steps: int, sequence_paralle
 
     Samples have 11 tokens, which no tensor-parallel size divides.
     """
-    mesh = init_mesh(config.tp, config.pp)
+    mesh = init_mesh(config.tp, config.pp, cp=config.cp)
     setup = plan(model, config, mesh)
     if sequence_parallel:
         table = {p.path: p for p in sequence_parameters(setup.table.values())}
-        setup = replace(setup, axis=tensor_axis(mesh, model.vocab_size, sequence_parallel=True), table=table)
+        setup = replace(setup, axis=context_axis(tensor_axis(mesh, model.vocab_size, sequence_parallel=True), mesh), table=table)
     whole = flatten(init(parameters(model), seed=7))
     state = start(config, setup, memory_reader(model, {p.name: whole[p.path] for p in parameters(model)}))
     found = []
@@ -108,3 +118,17 @@ def descend(
                 w -= w.grad
                 w.grad = None
     return found, {path: w.detach() for path, w in weights.items()}
+
+
+def ring(cases: list[list[Tensor]]) -> list[tuple[Tensor, ...]]:
+    """Of each case (q, k, v, dout) this rank's positions of the output and the gradients of q, k, v."""
+    mesh = init_mesh(cp=int(os.environ["WORLD_SIZE"]))
+    assert mesh.cp_group is not None
+    found = []
+    for case in cases:
+        at = ring_positions(case[0].shape[1], mesh.cp_rank, mesh.cp)
+        q, k, v, dout = (x[:, at].clone().requires_grad_() for x in case)
+        out = ring_attention(q, k, v, mesh.cp_group)
+        out.backward(dout.detach())
+        found.append(tuple(x.detach() for x in (out, *(x.grad for x in (q, k, v) if x.grad is not None))))
+    return found

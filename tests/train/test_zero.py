@@ -113,16 +113,16 @@ def in_order(sharded: bool) -> list[str]:
     for name, leaf in leaves.items():
         leaf.register_hook(lambda _, name=name: seen.append(name))
     buckets = make_buckets(leaves, 2 if sharded else 1, 8)
-    finish = collect(leaves, 2, buckets, mesh.dp_rank, mesh.dp_group)
+    finish = collect(leaves, 2, buckets, mesh.dp_rank, mesh.replica_group)
     for factor in (1.0, 2.0):
         (leaves["last"] * leaves["first"].exp() * factor * (mesh.rank + 1)).sum().backward()
     grads = finish()
     whole = torch.full((4, 2), 9 * torch.e)
     expected = own_rows(whole, mesh.rank, 2) if sharded else whole
     torch.testing.assert_close(grads, {"first": expected, "last": expected})
-    if sharded and mesh.dp_group:
+    if sharded and mesh.replica_group:
         weights = {name: torch.full((4, 2), float(mesh.rank)) for name in leaves}
-        gather_rows(weights, buckets, mesh.rank, mesh.dp_group)
+        gather_rows(weights, buckets, mesh.rank, mesh.replica_group)
         assert all(torch.equal(w, torch.tensor([[0.0], [0.0], [1.0], [1.0]]).expand(4, 2)) for w in weights.values())
     return seen
 
