@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # name, module with main(argv), one line of help
-_BENCHMARKS = (("convert", "pyalpaca.bench.convert.run", "merging and converting beside cp and peft: seconds, memory"),)
+_BENCHMARKS = (
+    ("convert", "pyalpaca.bench.convert.run", "merging and converting beside cp and peft: seconds, memory"),
+    ("train", "pyalpaca.bench.train.run", "training steps beside transformers: tokens/s, share of the peak, memory"),
+)
 
 
 def _help() -> str:
