@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pyalpaca.bench.train.cases import SCALES, Scale
+from pyalpaca.bench.train.cases import Scale
 from pyalpaca.bench.train.measure import step_flops
 from pyalpaca.bench.train.run import page
 from pyalpaca.cli import main
@@ -34,7 +34,6 @@ def test_operations_are_six_for_each_weight_and_token_beside_attention() -> None
 @pytest.mark.parametrize(
     "flags", [["--contestants", "nobody"], ["--rounds", "0"], ["--steps", "0"]], ids=lambda flags: " ".join(flags)
 )
-def test_what_can_not_be_measured_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "train", *flags]) == 2
-    assert flags[0] in capsys.readouterr().err
-    assert set(SCALES) == {"97m", "wide", "tiny"}
+def test_what_can_not_be_measured_is_refused(flags: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"{flags[0]} {flags[1]}"):
+        main(["bench", "train", *flags])

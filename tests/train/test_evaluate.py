@@ -65,7 +65,7 @@ def test_micro_batches_without_a_label_divide_by_nothing(road: Path) -> None:
 def test_every_layout_gives_the_same_losses(road: Path, tmp_path: Path) -> None:
     one = settings(road, tmp_path / "one", **SPLIT)
     train(one)
-    layouts = {"tp2-pp2": {"tp": 2, "pp": 2}, "pp2-dp2": {"pp": 2}, "tp2-dp2": {"tp": 2}, "dp4": {}}
+    layouts: dict[str, Any] = {"tp2-pp2": {"tp": 2, "pp": 2}, "pp2-dp2": {"pp": 2}, "tp2-cp2": {"tp": 2, "cp": 2}, "dp4": {}}
     launch(4, train_all, [replace(one, output=str(tmp_path / name), **sizes) for name, sizes in layouts.items()])
     expected = records(tmp_path / "one")
     assert ["valid_loss" in r for r in expected] == [False, True, False, True]

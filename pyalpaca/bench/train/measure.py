@@ -49,7 +49,6 @@ class Team:
         if not all(lines):
             with suppress(subprocess.TimeoutExpired):  # it may still have something to say
                 self.processes[lines.index("")].wait(timeout=10)
-            self.close()
             self.complaints.seek(0)
             said = self.complaints.read().decode(errors="replace").strip()
             print(said, file=sys.stderr)
@@ -59,7 +58,7 @@ class Team:
     def train(self, steps: int, counts: bool) -> None:
         """Let it train; the slowest process says how long a step takes."""
         self.tell(f"{steps}\n")
-        with _watching(self):
+        with _Watch(self):
             found = [json.loads(line) for line in self.answers()]
         self.losses += found[-1]["losses"]
         if counts:
@@ -72,9 +71,10 @@ class Team:
             for pipe in (process.stdin, process.stdout):
                 if pipe:
                     pipe.close()
+        self.complaints.close()
 
 
-class _watching:
+class _Watch:
     """While in the block, a thread looks at the memory of a team's processes."""
 
     def __init__(self, team: Team) -> None:
@@ -101,7 +101,7 @@ def _start(name: str, scale: Scale, threads: int) -> Team:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     each = max(1, threads // who.processes)
-    complaints = tempfile.TemporaryFile()
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 - the team closes it
     processes = []
     for rank in range(who.processes):
         environment = {**os.environ, "OMP_NUM_THREADS": str(each)}
