@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from pyalpaca.bench.train.cases import Scale
-from pyalpaca.bench.train.measure import step_flops
 from pyalpaca.bench.train.run import page
 from pyalpaca.cli import main
 
@@ -23,12 +21,6 @@ def test_contestants_have_the_same_losses(capsys: pytest.CaptureFixture[str]) ->
     assert all(row["peak_bytes"] >= row["own_bytes"] > 0 for row in result["rows"])
     text = page(result)
     assert all(f"| {name} |" in text for name in names)
-
-
-def test_operations_are_six_for_each_weight_and_token_beside_attention() -> None:
-    scale = Scale("one", hidden_size=8, num_layers=1, num_heads=1, intermediate_size=16, vocab_size=32, seq_length=1, batch=1)
-    weights, attention = 4 * 8 * 8 + 3 * 8 * 16 + 32 * 8, 2 * 2 * 8  # scores and mixed values, of one key
-    assert step_flops(scale, 1) == 6 * weights + 3 * attention
 
 
 @pytest.mark.parametrize(

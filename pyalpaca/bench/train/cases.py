@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyalpaca.model import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,22 @@ SCALES = {
         Scale("tiny", 64, 2, 4, 128, 256, 32, 2),
     )
 }
+
+
+def model_config(scale: Scale) -> LlamaConfig:
+    """The model of a scale; torch comes with it, so only where something is trained."""
+    from pyalpaca.model import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=scale.vocab_size,
+        hidden_size=scale.hidden_size,
+        intermediate_size=scale.intermediate_size,
+        num_layers=scale.num_layers,
+        num_heads=scale.num_heads,
+        num_kv_heads=scale.num_heads,
+        head_dim=scale.hidden_size // scale.num_heads,
+        norm_eps=1e-5,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from pyalpaca.bench.machine import limits, rounded
 from pyalpaca.bench.process import INTERVAL, own_bytes, status
-from pyalpaca.bench.train.cases import CONTESTANTS, REFERENCE, Scale
+from pyalpaca.bench.train.cases import CONTESTANTS, REFERENCE, Scale, model_config
+from pyalpaca.train.metrics import teraflops
 
 
 @dataclass
@@ -156,14 +157,15 @@ def _rows(teams: Sequence[Team], scale: Scale, sgemm: float) -> list[dict[str, A
             for name, other in by_name.items()
             if name != team.name and CONTESTANTS[name].group == who.group and team.name == REFERENCE[who.group]
         }
-        tokens = scale.batch * who.batches * scale.seq_length
+        sequences = scale.batch * who.batches
+        mfu = teraflops(3, sequences, scale.seq_length, model_config(scale), seconds, 1) * 1e12 / sgemm
         rows.append(
             {
                 "name": f"{team.name}/{scale.name}",
                 "seconds": rounded(seconds),
-                "tokens_per_second": rounded(tokens / seconds),
+                "tokens_per_second": rounded(sequences * scale.seq_length / seconds),
                 "limit": "sgemm",
-                "limit_share": round(step_flops(scale, tokens) / seconds / sgemm, 3),
+                "limit_share": round(mfu, 3),
                 "vs": {name: round(statistics.median(other.seconds) / seconds, 3) for name, other in peers.items()},
                 "own_bytes": team.own,
                 "peak_bytes": team.resident,
@@ -173,13 +175,3 @@ def _rows(teams: Sequence[Team], scale: Scale, sgemm: float) -> list[dict[str, A
             }
         )
     return rows
-
-
-def step_flops(scale: Scale, tokens: int) -> float:
-    """The model's own floating-point operations of a step: 6 for each weight of a matrix and token, and causal attention.
-
-    Two for a multiplication and addition, once forward and twice backward; of the attention only the half that is seen.
-    """
-    h, f, length = scale.hidden_size, scale.intermediate_size, scale.seq_length
-    weights = scale.num_layers * (4 * h * h + 3 * h * f) + scale.vocab_size * h
-    return 6.0 * tokens * (weights + scale.num_layers * h * (length + 1))

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def table(result: Mapping[str, Any]) -> str:
     """The rows as a Markdown table; ratios are those to the reference of the row's group."""
-    heads = ("contestant", "s/step", "tokens/s", "of sgemm", "x ours in time", "memory", "x ours in memory")
+    heads = ("contestant", "s/step", "tokens/s", "MFU", "x ours in time", "memory", "x ours in memory")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     times = {name: ratio for row in result["rows"] for name, ratio in row["vs"].items()}
     sizes = {name: ratio for row in result["rows"] for name, ratio in row["memory_vs"].items()}
@@ -104,7 +104,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"{result['limits']['sgemm_flops'] / 1e9:.0f} GFLOP/s, copying {result['limits']['copy_bytes'] / 1e9:.1f} GB/s.",
         "A step is forward, backward, clipping and AdamW. Everyone starts from the same weights, sees the same tokens and lives "
         "in a process of its own (layouts: in two, with a thread each); they train by turns, and the medians are compared. The "
-        "share of sgemm counts 6 operations for each weight of a matrix and token, and the half of the attention that is seen. "
+        "share of sgemm is the MFU that training logs, held against these matrix products. "
         "Memory is the most that the processes held (VmHWM), libraries included.",
         table(result),
         "\n".join(f"- {name}: {CONTESTANTS[name].text}" for name in names),

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyalpaca.bench.train.cases import CONTESTANTS, Contestant, Scale
+from pyalpaca.bench.train.cases import CONTESTANTS, Contestant, Scale, model_config
 from pyalpaca.checkpoint import memory_reader
-from pyalpaca.model import LlamaConfig, config_to_hf, flatten, init, parameters
+from pyalpaca.model import config_to_hf, flatten, init, parameters
 from pyalpaca.parallel import init_mesh
 from pyalpaca.train import TrainConfig
 from pyalpaca.train.loop import plan, start
@@ -25,19 +25,6 @@ _LEARNING_RATE, _DECAY, _CLIP = 1e-4, 0.01, 1.0
 
 Step = Callable[[Tensor, Tensor], float]
 """tokens, labels (B, S) -> the loss of one step, AdamW and clipping included."""
-
-
-def model_config(scale: Scale) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=scale.vocab_size,
-        hidden_size=scale.hidden_size,
-        intermediate_size=scale.intermediate_size,
-        num_layers=scale.num_layers,
-        num_heads=scale.num_heads,
-        num_kv_heads=scale.num_heads,
-        head_dim=scale.hidden_size // scale.num_heads,
-        norm_eps=1e-5,
-    )
 
 
 def _weights(scale: Scale) -> dict[str, Tensor]:
