@@ -9,6 +9,7 @@ from importlib import import_module
 # name, module with main(argv), one line of help
 _BENCHMARKS = (
     ("convert", "pyalpaca.bench.convert.run", "merging and converting beside cp and peft: seconds, memory"),
+    ("kernels", "pyalpaca.bench.kernels.run", "each operator beside the machine's limits and its peers: time, memory"),
     ("train", "pyalpaca.bench.train.run", "training steps beside transformers: tokens/s, share of the peak, memory"),
 )
 

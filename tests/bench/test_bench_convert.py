@@ -185,7 +185,7 @@ def test_benchmarks_are_called_by_name(capsys: pytest.CaptureFixture[str]) -> No
     assert bench.main(["--help"]) == 0
     assert "  convert " in capsys.readouterr().out
     assert bench.main([]) == 2
-    with pytest.raises(ValueError, match="there is no benchmark `konvert`: choose from convert"):
+    with pytest.raises(ValueError, match="there is no benchmark `konvert`: choose from convert, kernels, train"):
         bench.main(["konvert"])
 
 
