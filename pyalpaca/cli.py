@@ -37,6 +37,12 @@ _COMMANDS = (
     ("Weights", "diff", "pyalpaca.commands.diff", "how far apart two checkpoints are, tensor by tensor"),
     ("Text", "preprocess", "pyalpaca.commands.preprocess_data", "instruction or plain text to an indexed data set"),
     ("Text", "merge-tokenizers", "pyalpaca.commands.merge_tokenizers", "extend a SentencePiece vocabulary by another"),
+    (
+        "Training",
+        "plan",
+        "pyalpaca.commands.plan",
+        "memory, traffic and time of a training before it runs",
+    ),
     ("Training", "train", "pyalpaca.train.run", "fine-tune on one or many devices (under torchrun)"),
     ("Training", "report", "pyalpaca.report", "compare the losses of two runs step by step and draw them"),
     ("Measuring", "bench", "pyalpaca.commands.bench", "benchmarks, beside their peers and this machine's limits"),

@@ -91,22 +91,27 @@ def pipeline_schedule(name: str, stage: int, num_stages: int, num_micro_batches:
 
 
 class Simulation(NamedTuple):
-    """makespan in forward passes of a chunk; bubble: idle share of it, mean over stages; in_flight: most activations a stage
-    held, counted in chunks, each from its forward to its backward, or weight, action."""
+    """makespan in the unit of the costs (forward passes of a chunk, if none are given); bubble: idle share of it, mean over
+    stages; in_flight: most activations a stage held, in chunks, each from its forward to its backward, or weight, action."""
 
     makespan: float
     bubble: float
     in_flight: list[int]
 
 
-def simulate(schedules: Sequence[Sequence[Action]], forward: float = 1.0, backward: float = 2.0) -> Simulation:
+def simulate(
+    schedules: Sequence[Sequence[Action]], forward: float | Sequence[float] = 1.0, backward: float | Sequence[float] = 2.0
+) -> Simulation:
     """Play one list of actions a stage, each as early as its inputs allow; the halves of a split backward cost the same.
 
+    forward, backward: what they cost in each chunk, everywhere or on each stage.
     ValueError if the stages wait for each other forever.
     """
     num_stages = len(schedules)
     num_chunks = 1 + max((a.chunk for actions in schedules for a in actions), default=0)
-    cost = {"forward": forward, "backward": backward, "input": backward / 2, "weight": backward / 2}
+    forwards = [forward] * num_stages if isinstance(forward, int | float) else forward
+    backwards = [backward] * num_stages if isinstance(backward, int | float) else backward
+    costs = [{"forward": f, "backward": b, "input": b / 2, "weight": b / 2} for f, b in zip(forwards, backwards, strict=True)]
     # When virtual stage v has finished the forward, or the gradient of its input, of a micro-batch.
     outputs: dict[tuple[int, int], float] = {}
     gradients: dict[tuple[int, int], float] = {}
@@ -133,7 +138,7 @@ def simulate(schedules: Sequence[Sequence[Action]], forward: float = 1.0, backwa
             virtual = action.chunk * num_stages + s
             if (start := ready(virtual, action)) is None:
                 continue
-            clock[s] = max(clock[s], start) + cost[action.kind]
+            clock[s] = max(clock[s], start) + costs[s][action.kind]
             if action.kind == "forward":
                 outputs[virtual, action.micro_batch] = clock[s]
                 held[s] += 1
@@ -148,5 +153,5 @@ def simulate(schedules: Sequence[Sequence[Action]], forward: float = 1.0, backwa
             waiting = {s: schedules[s][position[s]] for s in range(num_stages) if position[s] < len(schedules[s])}
             raise ValueError(f"the schedule deadlocks: each of these waits for another: {waiting}")
     makespan = max(clock)
-    work = sum(cost[a.kind] for actions in schedules for a in actions)
+    work = sum(cost[a.kind] for cost, actions in zip(costs, schedules, strict=True) for a in actions)
     return Simulation(makespan, 1 - work / (num_stages * makespan), in_flight)

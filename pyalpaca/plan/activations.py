@@ -1,0 +1,114 @@
+"""What autograd keeps of one micro-batch until its backward pass, tensor by tensor, and what that pass holds beside it.
+
+One line a tensor: who changes what a block keeps changes its line here. A test holds all of it against the runtime.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pyalpaca.model import Parameter
+from pyalpaca.plan.job import Job, local_shape
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that is kept: its bytes, and whether `selective` lets it go."""
+
+    name: str
+    bytes: int
+    cheap: bool = False
+
+
+def block(job: Job) -> list[Kept]:
+    """The tensors that one block keeps for one micro-batch where nothing is computed again."""
+    m, e, stream, seen = job.model, job.width, job.stream_tokens, job.gathered_tokens
+    D, F, H = m.hidden_size, m.intermediate_size // job.tp, m.num_heads // job.tp
+    Q, K = H * m.head_dim, m.num_kv_heads // job.tp * m.head_dim
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora = {name for name in names if job.lora_r and name in job.lora_targets}
+    wanted = lora if job.lora_r else set(names)  # projections whose input is needed for the gradient of a weight
+
+    def if_wanted(size: int, *projections: str) -> int:
+        return size if wanted & set(projections) else 0
+
+    return [
+        Kept("residual stream, attention", stream * D * e),
+        Kept("its rstd", stream * FP32),
+        Kept("normalised, attention", if_wanted(seen * D * e, "q_proj", "k_proj", "v_proj"), cheap=True),
+        Kept("q, k, v", seen * (Q + 2 * K) * e),
+        Kept("attention", seen * Q * e),
+        Kept("its logsumexp", seen * H * FP32),
+        Kept("residual stream, feed-forward", stream * D * e),
+        Kept("its rstd", stream * FP32),
+        Kept("normalised, feed-forward", if_wanted(seen * D * e, "gate_proj", "up_proj"), cheap=True),
+        Kept("gate, up", seen * 2 * F * e),
+        Kept("silu(gate)", seen * F * e, cheap=True),
+        Kept("silu(gate) * up", if_wanted(seen * F * e, "down_proj"), cheap=True),
+        Kept("LoRA's inner products", seen * len(lora) * job.lora_r * e),
+    ]
+
+
+def block_bytes(job: Job, how: str) -> int:
+    """Of one block and one micro-batch, from its forward to its backward pass."""
+    kept = block(job)
+    if how == "full":
+        return kept[0].bytes
+    return sum(k.bytes for k in kept if how == "none" or not k.cheap)
+
+
+def rotary_bytes(job: Job) -> int:
+    """Of the rotary tables, cos and sin, of one micro-batch."""
+    return job.gathered_tokens // job.micro_batch * job.model.head_dim * FP32
+
+
+def head_bytes(job: Job) -> int:
+    """Of what is kept of the last norm, the head and the loss, for one micro-batch."""
+    stream = job.stream_tokens * (job.model.hidden_size * job.width + FP32)
+    normalised = job.gathered_tokens * job.model.hidden_size * job.width if _head_learns(job) else 0
+    log_probabilities = job.gathered_tokens * _vocabulary(job) * FP32
+    return stream + normalised + log_probabilities
+
+
+def head_work(job: Job) -> int:
+    """The most that the backward pass holds at once of the loss and the head, beyond what was kept."""
+    logits = job.gathered_tokens * _vocabulary(job)
+    # Of the loss: the gradients of the log-probabilities and of the logits, fp32, beside the log-probabilities themselves.
+    loss = 2 * logits * FP32
+    if job.width != FP32 and job.tp > 1:
+        loss += logits * job.width
+    # Of the head: the gradients of logits, weight and input. The log-probabilities are gone by then.
+    weight = _vocabulary(job) * job.model.hidden_size * job.width if _head_learns(job) else 0
+    given = job.gathered_tokens * job.model.hidden_size * job.width
+    return max(loss, logits * job.width + weight + given - logits * FP32)
+
+
+def block_work(job: Job, how: str) -> int:
+    """The most that the backward pass holds at once of one block, beyond what was kept of it."""
+    m, e, seen, kept = job.model, job.width, job.gathered_tokens, block(job)
+    cheap = sum(k.bytes for k in kept if k.cheap)
+    again = {"none": 0, "selective": cheap, "full": sum(k.bytes for k in kept[1:])}[how]
+    # In the feed-forward network, beside the gradient of the stream: first those of silu * up and of the weight of `down`, before
+    # it is added to the sum; then, silu * up itself being gone if it was kept, of silu and of up as well.
+    D, F = m.hidden_size, m.intermediate_size // job.tp
+    down = [p for p in job.block_table if ".ffn.down." in p.path and job.learns(p)]
+    weight = max((numbers([p], job) for p in down), default=0)
+    product = next(k.bytes for k in kept if k.name == "silu(gate) * up")
+    return again + max((seen * (D + F) + weight) * e, seen * (D + 3 * F) * e - product)
+
+
+def _vocabulary(job: Job) -> int:
+    return local_shape(job.table[0], job)[0]
+
+
+def _head_learns(job: Job) -> bool:
+    return not job.lora_r or "lm_head" in job.lora_full or (job.model.tie_embeddings and "embed_tokens" in job.lora_full)
+
+
+def numbers(parameters: Iterable[Parameter], job: Job) -> int:
+    """How many numbers a tensor-parallel rank holds of these parameters."""
+    return sum(math.prod(local_shape(p, job)) for p in parameters)

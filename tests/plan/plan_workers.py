@@ -1,0 +1,85 @@
+"""One real training step under observation, and the plan of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from memory_watch import MemoryWatch
+
+from pyalpaca.checkpoint import memory_reader
+from pyalpaca.model import LlamaConfig, flatten, forward, init, parameters, unflatten
+from pyalpaca.parallel import init_mesh
+from pyalpaca.plan import Job
+from pyalpaca.train import TrainConfig
+from pyalpaca.train.loop import plan, start
+from pyalpaca.train.prepare import words
+from pyalpaca.train.step import Setup, TrainState, train_step
+
+# Wide enough that tokens, and not what is constant, fill the memory; MANY_WORDS is almost only embedding and head.
+WIDE = LlamaConfig(512, 192, 512, 5, 8, 4, 24)
+MANY_WORDS = LlamaConfig(8192, 96, 256, 3, 4, 4, 24)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Bytes: of weights and optimizer before a step, and of the most that was alive during it."""
+
+    before: int
+    peak: int
+
+
+def job(config: TrainConfig, model: LlamaConfig, dp: int = 1) -> Job:
+    """The job of a run."""
+    return Job(
+        model,
+        tp=config.tp,
+        pp=config.pp,
+        dp=dp,
+        micro_batch=config.micro_batch_size,
+        global_batch=config.global_batch_size,
+        seq=config.seq_length,
+        dtype=config.dtype,
+        recompute=config.recompute,  # type: ignore[arg-type]
+        recompute_every=config.recompute_every,
+        zero=config.zero,
+        lora_r=config.lora_r,
+        lora_targets=words(config.lora_targets),
+        lora_full=words(config.lora_full),
+    )
+
+
+def begin(config: TrainConfig, model: LlamaConfig) -> tuple[TrainState, Setup, torch.Tensor]:
+    """The first state of a run, and this rank's tokens of one step."""
+    mesh = init_mesh(config.tp, config.pp)
+    setup = plan(model, config, mesh)
+    whole = flatten(init(parameters(model), seed=7))
+    state = start(config, setup, memory_reader(model, {p.name: whole[p.path] for p in parameters(model)}))
+    shape = (config.global_batch_size // mesh.dp // config.micro_batch_size, config.micro_batch_size, config.seq_length)
+    return state, setup, torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def observe(config: TrainConfig, model: LlamaConfig) -> Observed:
+    """One step of a run on this process's rank."""
+    state, setup, tokens = begin(config, model)
+    held = [*flatten(state.params).values(), *(t for part in state.optimizer for t in part.values())]
+    with MemoryWatch([*held, tokens]) as watch:
+        before = watch.alive - tokens.nbytes
+        train_step(state, tokens, tokens.clone(), setup)
+    return Observed(before, watch.peak)
+
+
+def kept(config: TrainConfig, model: LlamaConfig) -> int:
+    """Bytes that the forward pass of one micro-batch leaves behind for the backward pass, on one device."""
+    state, setup, tokens = begin(config, model)
+    leaves = {path: p.requires_grad_(path in setup.trainable) for path, p in flatten(state.params).items()}
+    labels = tokens[0].clone()
+    with MemoryWatch([*leaves.values(), tokens, labels]) as watch:
+        before = watch.alive
+        how = {"recompute": config.recompute, "recompute_every": config.recompute_every}
+        y = forward(unflatten(leaves), tokens[0], setup.model, **how)  # type: ignore[arg-type]
+        loss = setup.axis.cross_entropy(y, labels).sum()
+        del y
+        found = watch.alive - before
+    assert loss.requires_grad
+    return found
