@@ -8,6 +8,7 @@ from pyalpaca.model.params import Tree, flatten, init, initial, load, tree_map, 
 from pyalpaca.model.recompute import Recompute
 from pyalpaca.model.sharding import (
     Parameter,
+    chunk_parameters,
     cut,
     lora_parameters,
     natural_key,
@@ -26,6 +27,7 @@ __all__ = [
     "Parameter",
     "Recompute",
     "Tree",
+    "chunk_parameters",
     "config_from_hf",
     "config_from_meta",
     "config_to_hf",

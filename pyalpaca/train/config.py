@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _AT_LEAST_ONE = (
-    *("tp", "cp", "pp", "micro_batch_size", "global_batch_size", "seq_length", "steps"),
+    *("tp", "cp", "pp", "virtual_stages", "micro_batch_size", "global_batch_size", "seq_length", "steps"),
     *("keep", "log_every", "hysteresis", "loss_scale_window", "bucket_size", "recompute_every"),
 )
 
@@ -34,6 +34,10 @@ class TrainConfig:
     tp: int = _setting(1, "tensor-parallel size")
     pp: int = _setting(1, "pipeline-parallel size; what tp x cp x pp leaves of the processes is data parallel")
     cp: int = _setting(1, "context-parallel size: a sequence is cut among so many processes, for long ones")
+    sequence_parallel: bool = _setting(False, "cut activations between blocks along the sequence over the tensor-parallel ranks")
+    schedule: str = _setting("1f1b", "order of a pipeline's work", ("1f1b", "interleaved", "zb-h1"))
+    virtual_stages: int = _setting(1, "chunks of layers on each pipeline stage; 2 or more with --schedule interleaved")
+    layers_per_stage: str = _setting("", "layers of each (virtual) pipeline stage, e.g. 3,5 (empty: as even as possible)")
     engine: str = _setting("native", "what holds weights and optimizer: pyalpaca or DeepSpeed", ("native", "deepspeed"))
     deepspeed_config: str = _setting("", "DeepSpeed's JSON file for --engine deepspeed; its auto is what the settings here say")
     zero: int = _setting(0, "ZeRO stage; 1: the ranks of data parallelism share the optimizer's state (2 and 3 are DeepSpeed's)")
@@ -107,6 +111,7 @@ class TrainConfig:
                 raise ValueError(f"{f.name} is {value}, expected at least {least}")
         if self.zero > 1:
             raise ValueError(f"zero is {self.zero}, expected 0 or 1; ZeRO-2 and ZeRO-3 are DeepSpeed's, give --engine deepspeed")
+        self._check_pipeline()
         for name in ("beta1", "beta2", "lora_dropout"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected less than 1")
@@ -125,6 +130,29 @@ class TrainConfig:
         for name in ("lora_alpha", "lora_dropout"):
             if getattr(self, name) and not self.lora_r:
                 raise ValueError(f"{name} is given without lora_r, so all weights would be trained; give lora_r too")
+
+    def _check_pipeline(self) -> None:
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel cuts over the tensor-parallel ranks, and tp is 1; give --tp 2 or more")
+        if (self.schedule == "interleaved") != (self.virtual_stages > 1):
+            raise ValueError(
+                f"virtual_stages is {self.virtual_stages} with schedule {self.schedule}; interleaved wants 2 or more, others 1"
+            )
+        if self.schedule != "1f1b" and self.pp == 1:
+            raise ValueError(f"schedule {self.schedule} is for a pipeline, and pp is 1; give --pp 2 or more")
+        counts = [word.strip() for word in self.layers_per_stage.split(",")] if self.layers_per_stage else []
+        if not all(word.isdecimal() for word in counts):
+            raise ValueError(f"layers_per_stage is {self.layers_per_stage!r}, expected numbers of layers such as 3,5")
+        if counts and len(counts) != self.pp * self.virtual_stages:
+            raise ValueError(
+                f"layers_per_stage has {len(counts)} numbers, expected one for each of pp x virtual_stages = "
+                f"{self.pp * self.virtual_stages} stages"
+            )
+
+    @property
+    def layer_counts(self) -> tuple[int, ...]:
+        """layers_per_stage as numbers; none: as even as possible."""
+        return tuple(int(word) for word in self.layers_per_stage.split(",") if word)
 
     @property
     def decay_steps(self) -> int:

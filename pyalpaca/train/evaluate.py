@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyalpaca.data import Data, ordered_batch
-from pyalpaca.model import Tree, forward
+from pyalpaca.model import Tree, flatten, forward
 from pyalpaca.parallel import Mesh, all_reduce, context_share
 from pyalpaca.train.step import Setup
 
@@ -33,6 +33,7 @@ def evaluate(params: Tree, data: Data, setup: Setup) -> Evaluation:
     """
     config, mesh = setup.config, setup.mesh
     count, rows = min(config.eval_samples or len(data), len(data)), config.micro_batch_size
+    trees = setup.trees(flatten(params))
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for turn in range(math.ceil(count / (rows * mesh.dp))):
         first = (turn * mesh.dp + mesh.dp_rank) * rows
@@ -40,12 +41,13 @@ def evaluate(params: Tree, data: Data, setup: Setup) -> Evaluation:
         found = ordered_batch(data, first, last, rows, config.seq_length, config.pad_to or "length")
         tokens, labels = (x.to(mesh.device) for x in found)
         tokens, labels, _ = context_share(tokens, labels, mesh, setup.axis)
-        y = forward(params, tokens if mesh.first_stage else _receive(params, mesh), setup.model, setup.axis)
-        if mesh.last_stage:
-            total[0] += setup.axis.cross_entropy(y, labels).double().sum()
-            total[1] += (labels != -100).sum()
-        else:
-            _send(y, mesh)
+        for tree in trees:
+            y = forward(tree, tokens if "embed" in tree else _receive(tree, mesh), setup.model, setup.axis)
+            if "norm" in tree:
+                total[0] += setup.axis.cross_entropy(y, labels).double().sum()
+                total[1] += (labels != -100).sum()
+            else:
+                _send(y, mesh)
     loss, labelled = all_reduce(all_reduce(total, mesh.replica_group), mesh.pp_group).tolist()
     return Evaluation(loss / labelled if labelled else math.nan, int(labelled))
 

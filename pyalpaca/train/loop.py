@@ -19,7 +19,7 @@ from pyalpaca.train.faults import Guard, began_here
 from pyalpaca.train.journal import Record, journal, keep_records, silent
 from pyalpaca.train.metrics import performance_table, rates, throughput
 from pyalpaca.train.peaks import memory_bytes, peak_tflops
-from pyalpaca.train.prepare import DTYPES, Shares, check_same_data, count_steps, open_data, plan, start, words
+from pyalpaca.train.prepare import DTYPES, Shares, check_same_data, count_steps, micro_batches, open_data, plan, start, words
 from pyalpaca.train.saving import begun, restore, tidy
 from pyalpaca.train.step import Setup, TrainState, train_step
 from pyalpaca.train.trackers import require_trackers
@@ -36,11 +36,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     ValueError before anything is written for settings, model and data that do not fit together.
     """
     mesh = init_mesh(config.tp, config.pp, config.timeout, config.cp)
-    if config.global_batch_size % (mesh.dp * config.micro_batch_size):
-        raise ValueError(
-            f"global batch size {config.global_batch_size} is not a multiple of micro batch size {config.micro_batch_size} "
-            f"x data-parallel size {mesh.dp}"
-        )
+    micro_batches(config, mesh)
     require_trackers(config)
     reader = open_checkpoint(config.model, lora=words(config.lora), vocab_size=config.vocab_size or None)
     shares = open_data(config, reader.config.vocab_size, mesh)

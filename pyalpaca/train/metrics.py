@@ -87,7 +87,7 @@ def performance_table(summary: Mapping[str, Any], model: LlamaConfig, config: Tr
     row = {
         "devices": f"{mesh.world} {mesh.device.type}",
         "parameters": _size(model),
-        "layout": f"tp{mesh.tp} pp{mesh.pp} dp{mesh.dp}" + f" cp{mesh.cp}" * (mesh.cp > 1),
+        "layout": _layout(config, mesh),
         "batch": f"{config.global_batch_size}",
         "sequence": f"{config.seq_length}",
         "samples/s/p": f"{summary['samples_per_second_per_device']:.2f}",
@@ -101,6 +101,20 @@ def performance_table(summary: Mapping[str, Any], model: LlamaConfig, config: Tr
     widths = [max(len(name), len(value)) for name, value in row.items()]
     lines = (row.keys(), ("-" * width for width in widths), row.values())
     return "\n".join("| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _layout(config: TrainConfig, mesh: Mesh) -> str:
+    """tp4 sp pp2 zb-h1 dp1 zero1, as far as it is so."""
+    words = [
+        f"tp{mesh.tp}",
+        "sp" if config.sequence_parallel else "",
+        f"pp{mesh.pp}",
+        config.schedule if config.schedule != "1f1b" else "",
+        f"dp{mesh.dp}",
+        f"cp{mesh.cp}" if mesh.cp > 1 else "",
+        f"zero{config.zero}" if config.zero else "",
+    ]
+    return " ".join(word for word in words if word)
 
 
 def _size(model: LlamaConfig) -> str:

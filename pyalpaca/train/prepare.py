@@ -26,16 +26,16 @@ from pyalpaca.data import (
 from pyalpaca.model import (
     LlamaConfig,
     Parameter,
+    chunk_parameters,
     flatten,
     init,
     load,
     lora_parameters,
     parameters,
     shard,
-    stage_parameters,
     unflatten,
 )
-from pyalpaca.parallel import Mesh, context_axis, tensor_axis
+from pyalpaca.parallel import Mesh, context_axis, pipeline_schedule, sequence_parameters, tensor_axis
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.optimizer import init_optimizer, updated
 from pyalpaca.train.schedule import LossScale
@@ -143,15 +143,29 @@ def plan(model: LlamaConfig, config: TrainConfig, mesh: Mesh) -> Setup:
         table = [*table, *factors]
     if model.tie_embeddings and mesh.pp > 1:
         raise ValueError(f"the model ties its embeddings, which live on two stages with pp {mesh.pp}; train it with pp 1")
+    if config.sequence_parallel:
+        table = sequence_parameters(table)
+    pipeline_schedule(config.schedule, mesh.pp_rank, mesh.pp, micro_batches(config, mesh), config.virtual_stages)
     try:
         for p in table:
             shard(p, mesh.tp_rank, mesh.tp)
-        stage = {p.path: p for p in stage_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp)}
+        parts = chunk_parameters(table, model.num_layers, mesh.pp_rank, mesh.pp, config.virtual_stages, config.layer_counts)
     except ValueError as error:
         raise ValueError(f"{config.model}: {error}") from None
-    return Setup(
-        config, model, mesh, context_axis(tensor_axis(mesh, model.vocab_size), mesh), stage, frozenset(stage) & trainable
-    )
+    axis = context_axis(tensor_axis(mesh, model.vocab_size, config.sequence_parallel), mesh)
+    held = {p.path: p for part in parts for p in part}
+    chunks = tuple(tuple(p.path for p in part) for part in parts)
+    return Setup(config, model, mesh, axis, held, frozenset(held) & trainable, chunks)
+
+
+def micro_batches(config: TrainConfig, mesh: Mesh) -> int:
+    """How many micro-batches a step has on each data-parallel rank. ValueError if the global batch does not divide so."""
+    if config.global_batch_size % (mesh.dp * config.micro_batch_size):
+        raise ValueError(
+            f"global batch size {config.global_batch_size} is not a multiple of micro batch size {config.micro_batch_size} "
+            f"x data-parallel size {mesh.dp}"
+        )
+    return config.global_batch_size // (mesh.dp * config.micro_batch_size)
 
 
 def start(config: TrainConfig, setup: Setup, reader: Any) -> TrainState:

@@ -6,13 +6,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from pyalpaca.model import Axis, Dropout, LlamaConfig, Parameter, Recompute, Tree, flatten, forward, unflatten
-from pyalpaca.parallel import Mesh, all_reduce, all_reduce_buckets, context_share, one_f_one_b, run_pipeline
+from pyalpaca.parallel import Deferred, Mesh, all_reduce, all_reduce_buckets, context_share, pipeline_schedule, run_pipeline
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.finite import first_bad
 from pyalpaca.train.optimizer import OptimizerState, gradient_norm, update, updated, zero_ranks
@@ -39,7 +40,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Setup:
-    """What stays the same during a run. table: this stage's parameters by path; trainable: the paths that learn."""
+    """What stays the same during a run.
+
+    table: this stage's parameters by path; trainable: the paths that learn; chunks: the paths of each of the stage's chunks of
+    layers, of which only an interleaved schedule has several.
+    """
 
     config: TrainConfig
     model: LlamaConfig
@@ -47,6 +52,11 @@ class Setup:
     axis: Axis
     table: Mapping[str, Parameter]
     trainable: frozenset[str]
+    chunks: tuple[tuple[str, ...], ...]
+
+    def trees(self, values: Mapping[str, Tensor]) -> list[Tree]:
+        """The tree of each chunk, in the order of the layers."""
+        return [unflatten({path: values[path] for path in paths}) for paths in self.chunks]
 
 
 @dataclass(frozen=True)
@@ -112,36 +122,37 @@ def gradients(
     tokens, labels: this data-parallel rank's N micro-batches, (N, B, S); labels are shifted, -100 where no loss is taken.
     seen: samples that the run has seen before these, which dropout depends on.
     """
-    mesh = setup.mesh
+    config, mesh = setup.config, setup.mesh
     leaves = {path: p.detach().requires_grad_(path in setup.trainable) for path, p in flatten(params).items()}
-    tree = unflatten(leaves)
-    rate, numbers_NB = setup.config.lora_dropout, sample_numbers(tokens_NBS, seen, mesh)
+    rate, numbers_NB = config.lora_dropout, sample_numbers(tokens_NBS, seen, mesh)
     tokens_NBS, labels_NBS, positions = context_share(tokens_NBS, labels_NBS, mesh, setup.axis)
     count = label_count(labels_NBS, mesh)
 
-    def forward_stage(i: int, x: Tensor | None) -> Tensor:
+    def forward_chunk(tree: Tree, i: int, x: Tensor | None) -> Tensor:
         y = forward(
             tree,
             tokens_NBS[i] if x is None else x,
             setup.model,
             setup.axis,
-            recompute=cast(Recompute, setup.config.recompute),
-            recompute_every=setup.config.recompute_every,
-            dropout=Dropout(rate, setup.config.seed, numbers_NB[i], positions) if rate else None,
+            recompute=cast(Recompute, config.recompute),
+            recompute_every=config.recompute_every,
+            dropout=Dropout(rate, config.seed, numbers_NB[i], positions) if rate else None,
         )
-        return setup.axis.cross_entropy(y, labels_NBS[i]).sum() * (scale / count) if mesh.last_stage else y
+        return setup.axis.cross_entropy(y, labels_NBS[i]).sum() * (scale / count) if "norm" in tree else y
 
     wanted = {path: p for path, p in leaves.items() if path in setup.trainable}
-    ranks = zero_ranks(mesh, setup.config)
-    buckets = make_buckets(wanted, ranks, setup.config.bucket_size) if mesh.replica_group else []
+    ranks = zero_ranks(mesh, config)
+    buckets = make_buckets(wanted, ranks, config.bucket_size) if mesh.replica_group else []
     finish = collect(wanted, len(tokens_NBS), buckets, mesh.replica_rank, mesh.replica_group)
+    deferred = Deferred() if config.schedule == "zb-h1" else None
     losses = run_pipeline(
-        one_f_one_b(mesh.pp_rank, mesh.pp, len(tokens_NBS)),
-        forward_stage,
+        pipeline_schedule(config.schedule, mesh.pp_rank, mesh.pp, len(tokens_NBS), config.virtual_stages),
+        [partial(forward_chunk, deferred.wrap(tree) if deferred else tree) for tree in setup.trees(leaves)],
         list(wanted.values()),
         (tokens_NBS.shape[1], setup.axis.length(tokens_NBS.shape[2]), setup.model.hidden_size),
         next(iter(leaves.values())).dtype,
         mesh,
+        deferred,
     )
     grads = finish()
     all_reduce_buckets([g for path, g in grads.items() if setup.table[path].partial_grad], mesh.tp_group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,6 @@ from pyalpaca.model import LlamaConfig, Tree, flatten, forward, init, parameters
 from pyalpaca.model.sharding import chunk_parameters
 from pyalpaca.parallel import (
     all_reduce_buckets,
-    context_axis,
     init_mesh,
     ring_attention,
     ring_positions,
@@ -25,8 +24,8 @@ from pyalpaca.parallel import (
 from pyalpaca.parallel.deferred import Deferred
 from pyalpaca.parallel.schedule import pipeline_schedule
 from pyalpaca.train import TrainConfig
+from pyalpaca.train.engine import open_engine
 from pyalpaca.train.loop import plan, start
-from pyalpaca.train.step import train_step
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,18 +40,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), columns.grad
 
 
-def losses(config: TrainConfig, model: LlamaConfig, steps: int, sequence_parallel: bool = False) -> list[tuple[float, float]]:
+def losses(config: TrainConfig, model: LlamaConfig, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of a training from the seed's initial weights on the seed's random tokens.
 
     Samples have 11 tokens, which no tensor-parallel size divides.
     """
     mesh = init_mesh(config.tp, config.pp, cp=config.cp)
     setup = plan(model, config, mesh)
-    if sequence_parallel:
-        table = {p.path: p for p in sequence_parameters(setup.table.values())}
-        setup = replace(setup, axis=context_axis(tensor_axis(mesh, model.vocab_size, sequence_parallel=True), mesh), table=table)
     whole = flatten(init(parameters(model), seed=7))
     state = start(config, setup, memory_reader(model, {p.name: whole[p.path] for p in parameters(model)}))
+    engine, state = open_engine(state, setup)
     found = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -62,9 +59,13 @@ def losses(config: TrainConfig, model: LlamaConfig, steps: int, sequence_paralle
         rows = config.global_batch_size // mesh.dp
         part = slice(mesh.dp_rank * rows, (mesh.dp_rank + 1) * rows)
         shape = (-1, config.micro_batch_size, tokens.shape[1])
-        state, metrics = train_step(state, tokens[part].reshape(shape), labels[part].reshape(shape), setup)
+        state, metrics = engine.step(state, tokens[part].reshape(shape), labels[part].reshape(shape), setup)
         found.append((metrics.loss, metrics.grad_norm))
     return found
+
+
+def all_losses(configs: Sequence[TrainConfig], model: LlamaConfig, steps: int) -> list[list[tuple[float, float]]]:
+    return [losses(config, model, steps) for config in configs]
 
 
 def descend(

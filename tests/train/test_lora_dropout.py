@@ -10,32 +10,29 @@ import pytest
 import torch
 from launch import launch
 from train_makers import MODEL, losses, records, settings, train_all
-from workers import losses as layout_losses
+from workers import all_losses
 
 from pyalpaca.checkpoint import digest, open_checkpoint
 from pyalpaca.train import TrainConfig, train
 
 ONE = TrainConfig(micro_batch_size=2, global_batch_size=8, lr=2e-2, steps=4, seq_length=16, lora_r=4, lora_dropout=0.3)
 LAYOUTS = {
-    "tp2 dp2": (replace(ONE, tp=2), False),
-    "tp2 sp dp2": (replace(ONE, tp=2, recompute="selective"), True),
-    "pp2 dp2": (replace(ONE, pp=2, recompute="full"), False),
-    "tp2 pp2": (replace(ONE, tp=2, pp=2), False),
-    "dp4 zero1": (replace(ONE, zero=1), False),
-    "dp4 micro-batches of 1": (replace(ONE, micro_batch_size=1, recompute="selective"), False),
+    "tp2 dp2": replace(ONE, tp=2),
+    "tp2 sp dp2": replace(ONE, tp=2, recompute="selective", sequence_parallel=True),
+    "pp2 dp2": replace(ONE, pp=2, recompute="full"),
+    "pp2 zb dp2": replace(ONE, pp=2, recompute="selective", schedule="zb-h1"),
+    "tp2 pp2": replace(ONE, tp=2, pp=2),
+    "dp4 zero1": replace(ONE, zero=1),
+    "dp4 micro-batches of 1": replace(ONE, micro_batch_size=1, recompute="selective"),
 }
-
-
-def all_losses(layouts: list[tuple[TrainConfig, bool]]) -> list[list[tuple[float, float]]]:
-    return [layout_losses(config, MODEL, config.steps, sp) for config, sp in layouts]
 
 
 def test_every_layout_drops_the_same() -> None:
     (alone,), (other,), (without,) = (
-        all_losses([(config, False)]) for config in (ONE, replace(ONE, seed=7), replace(ONE, lora_dropout=0.0))
+        all_losses([config], MODEL, ONE.steps) for config in (ONE, replace(ONE, seed=7), replace(ONE, lora_dropout=0.0))
     )
     assert alone[0] != without[0] and alone[1] != other[1]
-    for rank in launch(4, all_losses, list(LAYOUTS.values())):
+    for rank in launch(4, all_losses, list(LAYOUTS.values()), MODEL, ONE.steps):
         for name, found in zip(LAYOUTS, rank, strict=True):
             torch.testing.assert_close(
                 torch.tensor(found), torch.tensor(alone), atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"

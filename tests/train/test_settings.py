@@ -109,6 +109,15 @@ def test_a_flag_for_how_long_to_train_takes_the_place_of_the_files(tmp_path: Pat
         ({"warmup_steps": 5, "warmup_fraction": 0.1}, "warmup_steps and warmup_fraction say the same thing"),
         ({"patience": 2}, "patience is given without eval_every"),
         ({"lora_alpha": 16.0}, "lora_alpha is given without lora_r"),
+        ({"recompute_every": 2}, "recompute_every is given without recompute"),
+        ({"engine": "deepspeed"}, "engine deepspeed and deepspeed_config belong together"),
+        ({"deepspeed_config": "x"}, "engine deepspeed and deepspeed_config belong together"),
+        ({"sequence_parallel": True}, "sequence_parallel cuts over the tensor-parallel ranks, and tp is 1; give --tp 2 or more"),
+        ({"schedule": "zb-h1"}, "schedule zb-h1 is for a pipeline, and pp is 1; give --pp 2 or more"),
+        ({"schedule": "interleaved", "pp": 2}, "virtual_stages is 1 with schedule interleaved; interleaved wants 2 or more"),
+        ({"virtual_stages": 2, "pp": 2}, "virtual_stages is 2 with schedule 1f1b; interleaved wants 2 or more, others 1"),
+        ({"layers_per_stage": "3;5", "pp": 2}, "layers_per_stage is '3;5', expected numbers of layers such as 3,5"),
+        ({"layers_per_stage": "3,5"}, "layers_per_stage has 2 numbers, expected one for each of pp x virtual_stages = 1 stages"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict, message: str) -> None:

@@ -181,11 +181,16 @@ def test_lora_trains_its_factors_and_what_lora_full_names(full: str, more: set[s
     assert changed == factors | more == set(state.optimizer.exp_avg)
 
 
-def test_lora_settings_that_fit_nothing_are_refused() -> None:
+def test_settings_that_do_not_fit_the_model_or_the_mesh_are_refused() -> None:
     with pytest.raises(ValueError, match=r"lora_full names 'wte', but the model has no such module; it has .*lm_head"):
         begin(replace(CONFIG, lora_r=2, lora_full="wte"))
     with pytest.raises(ValueError, match="query_key_value"):
         begin(replace(CONFIG, lora_r=2, lora_targets="query_key_value"))
+    pipe = replace(CONFIG, pp=2, schedule="interleaved", virtual_stages=2, global_batch_size=6)
+    with pytest.raises(ValueError, match="3 micro-batches can't be interleaved over 2 pipeline stages; choose a global batch"):
+        plan(replace(MODEL, num_layers=4), pipe, Mesh(torch.device("cpu"), pp=2))
+    with pytest.raises(ValueError, match="layers per stage 1,2 are 3 on 2 stages, expected 2 on 2"):
+        plan(MODEL, replace(CONFIG, pp=2, layers_per_stage="1,2"), Mesh(torch.device("cpu"), pp=2))
     tied = replace(MODEL, tie_embeddings=True)
     with pytest.raises(ValueError, match="ties its embeddings"):
         plan(tied, CONFIG, Mesh(torch.device("cpu"), pp=2))

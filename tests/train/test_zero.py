@@ -11,7 +11,7 @@ import torch
 from launch import launch
 from torch import Tensor
 from train_makers import MODEL, losses, records, settings, train_all
-from workers import losses as layout_losses
+from workers import all_losses
 
 from pyalpaca import parallel
 from pyalpaca.checkpoint import digest, native_tensors, open_checkpoint
@@ -39,13 +39,9 @@ LAYOUTS = {
 }
 
 
-def all_losses(configs: list[TrainConfig]) -> list[list[tuple[float, float]]]:
-    return [layout_losses(config, MODEL, config.steps) for config in configs]
-
-
 def test_every_layout_with_zero_has_the_losses_and_norms_of_one_process() -> None:
-    alone = dict(zip(ONE, all_losses(list(ONE)), strict=True))
-    found = launch(4, all_losses, list(LAYOUTS.values()))
+    alone = dict(zip(ONE, all_losses(ONE, MODEL, FULL.steps), strict=True))
+    found = launch(4, all_losses, list(LAYOUTS.values()), MODEL, FULL.steps)
     for rank in found:
         by_name = dict(zip(LAYOUTS, map(torch.tensor, rank), strict=True))
         for name, config in LAYOUTS.items():
