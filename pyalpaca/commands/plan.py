@@ -35,9 +35,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vocab-size", type=int, metavar="V", help="vocabulary (default: the folder's; of a size, 49954)")
     layout = p.add_argument_group("layout")
     layout.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default 1)")
+    layout.add_argument("--cp", type=int, default=1, metavar="N", help="context-parallel size (default 1)")
     layout.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")
     layout.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel size (default 1)")
-    layout.add_argument("--devices", type=int, metavar="N", help="how many there are, for --search (default tp x pp x dp)")
+    layout.add_argument("--devices", type=int, metavar="N", help="how many there are, for --search (default tp x cp x pp x dp)")
     layout.add_argument("--sequence-parallel", action="store_true", help="cut the residual stream between tp ranks")
     layout.add_argument("--schedule", choices=("1f1b", "interleaved", "zb-h1"), default="1f1b", help="of the pipeline")
     layout.add_argument("--chunks", type=int, default=1, metavar="N", help="virtual stages a stage, for interleaved")
@@ -92,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.devices is not None and not args.search:
         raise ValueError(f"--devices {args.devices} is for --search; give --tp, --pp and --dp, or --search")
     model = _model(args.model, args.vocab_size)
-    devices = args.devices if args.devices is not None else args.tp * args.pp * args.dp
+    devices = args.devices if args.devices is not None else args.tp * args.cp * args.pp * args.dp
     if devices < 1:
-        raise ValueError(f"{devices} devices were asked for, expected at least 1; check --devices, --tp, --pp and --dp")
+        raise ValueError(f"{devices} devices were asked for, expected at least 1; check --devices, --tp, --cp, --pp and --dp")
     efficiency = EFFICIENCY if args.efficiency is None else args.efficiency
     device = _device(args, devices)
-    shape = {"tp": 1, "pp": 1, "dp": devices} if args.search else {"tp": args.tp, "pp": args.pp, "dp": args.dp}
+    shape = {"dp": devices} if args.search else {"tp": args.tp, "cp": args.cp, "pp": args.pp, "dp": args.dp}
     job = Job(
         model,
         **shape,

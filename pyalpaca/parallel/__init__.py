@@ -30,6 +30,7 @@ from pyalpaca.parallel.schedule import (
     simulate,
     zb_h1,
 )
+from pyalpaca.parallel.traffic import Traffic, count_traffic
 from pyalpaca.parallel.watch import PeerLostError, Watch
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Mesh",
     "PeerLostError",
     "Simulation",
+    "Traffic",
     "Watch",
     "agree",
     "all_gather_columns",
@@ -51,6 +53,7 @@ __all__ = [
     "close_mesh",
     "context_axis",
     "context_share",
+    "count_traffic",
     "find_device",
     "gather_objects",
     "give",

@@ -7,7 +7,7 @@ from pyalpaca.plan.job import Job
 from pyalpaca.plan.memory import Memory
 from pyalpaca.plan.page import as_json, page, reason, search_table
 from pyalpaca.plan.search import search
-from pyalpaca.plan.traffic import Traffic, traffic
+from pyalpaca.plan.traffic import traffic
 from pyalpaca.plan.work import computed_twice, teraflops
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Memory",
     "Plan",
     "Stage",
-    "Traffic",
     "as_json",
     "computed_twice",
     "draw",

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyalpaca.parallel import simulate
+from pyalpaca.parallel import Traffic, simulate
 from pyalpaca.plan.activations import numbers
 from pyalpaca.plan.devices import Device
 from pyalpaca.plan.job import Job
 from pyalpaca.plan.memory import Memory, in_flight, memory, numbers_to_update
-from pyalpaca.plan.traffic import Traffic, seconds, traffic
+from pyalpaca.plan.traffic import seconds, traffic
 from pyalpaca.plan.work import Work, backward_work, computed_twice, ends_work, forward_work, teraflops, update_work
 
 EFFICIENCY = 0.74
@@ -113,8 +113,8 @@ def _stage(job: Job, device: Device, efficiency: float, stage: int, held: float)
     forward += forward_work(job).times(len(layers))
     for h in set(how):
         backward += backward_work(job, h).times(how.count(h))
-    # Tensor-parallel collectives and messages between stages belong to the micro-batches; a third of them to the forward pass.
-    waiting = (links["tp"] + links["pp"]) / job.micro_batches / efficiency
+    # Tensor-parallel collectives, rings and messages between stages belong to the micro-batches, a third to the forward pass.
+    waiting = (links["tp"] + links["cp"] + links["pp"]) / job.micro_batches / efficiency
     learned = numbers(learning, job)
     update = update_work(sum(numbers_to_update(p, job) for p in learning), learned, job)
     return Stage(

@@ -17,6 +17,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 class Job:
     """A training to be planned. ValueError for what contradicts itself or can't be cut.
 
+    tp, cp, pp, dp: sizes of the tensor, context, pipeline and data axes.
     micro_batch, global_batch: samples. seq: tokens a sample. layers: of each (virtual) stage, even if not given. chunks:
     virtual stages a stage. zero: 0 and 1 are pyalpaca's own, 2 and 3 DeepSpeed's. lora_r 0: all weights learn. bucket_size:
     numbers in a bucket of gradients.
@@ -26,6 +27,7 @@ class Job:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     micro_batch: int = 1
     global_batch: int = 1
     seq: int = 2048
@@ -43,13 +45,13 @@ class Job:
     bucket_size: int = 1 << 23
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "micro_batch", "global_batch", "seq", "recompute_every", "chunks"):
+        for name in ("tp", "cp", "pp", "dp", "micro_batch", "global_batch", "seq", "recompute_every", "chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero is {self.zero}, expected 0, 1, 2 or 3")
-        if self.zero > 1 and self.tp * self.pp > 1:
-            raise ValueError(f"ZeRO-{self.zero} is DeepSpeed's, which is data-parallel only; set tp and pp to 1, or zero to 1")
+        if self.zero > 1 and self.tp * self.cp * self.pp > 1:
+            raise ValueError(f"ZeRO-{self.zero} is DeepSpeed's, which is data-parallel only; set tp, cp, pp to 1, or zero to 1")
         if self.global_batch % (self.dp * self.micro_batch):
             raise ValueError(
                 f"global batch {self.global_batch} is not a multiple of micro batch {self.micro_batch} x data-parallel {self.dp}"
@@ -75,7 +77,23 @@ class Job:
 
     @property
     def devices(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights and see other tokens."""
+        return self.cp * self.dp
+
+    @property
+    def pieces(self) -> int:
+        """Parts of the residual stream, along the sequence, among the tensor-parallel ranks."""
+        return self.tp if self.sequence_parallel else 1
+
+    @property
+    def share(self) -> int:
+        """Tokens of a sample that a rank of the context axis sees, filled up to what can be cut."""
+        unit = 2 * self.cp * self.pieces
+        return self.seq if self.cp == 1 else -(-self.seq // unit) * unit // self.cp
 
     @property
     def micro_batches(self) -> int:
@@ -84,18 +102,18 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
-        return self.micro_batch * self.seq
+        """Of one micro-batch, on one rank of the context axis."""
+        return self.micro_batch * self.share
 
     @property
     def stream_tokens(self) -> int:
         """Of one micro-batch in the residual stream of one rank: with sequence parallelism a piece, filled up."""
-        return self.micro_batch * -(-self.seq // self.tp) if self.sequence_parallel else self.tokens
+        return self.micro_batch * -(-self.share // self.pieces)
 
     @property
     def gathered_tokens(self) -> int:
         """Of one micro-batch between `enter` and `exit` of a block."""
-        return self.stream_tokens * self.tp if self.sequence_parallel else self.tokens
+        return self.stream_tokens * self.pieces
 
     @property
     def width(self) -> int:
@@ -142,9 +160,9 @@ class Job:
         return pipeline_schedule(self.schedule, stage, self.pp, self.micro_batches, self.chunks)
 
 
-def local_shape(p: Parameter, job: Job) -> tuple[int, ...]:
-    """The shape of what the last tensor-parallel rank holds, which has the remainder of the vocabulary."""
-    piece = shard(p, job.tp - 1, job.tp)
+def local_shape(p: Parameter, job: Job, rank: int | None = None) -> tuple[int, ...]:
+    """The shape of what a tensor-parallel rank holds; by default the last one, which has the remainder of the vocabulary."""
+    piece = shard(p, job.tp - 1 if rank is None else rank, job.tp)
     if piece is None:
         return p.shape
     dim, start, stop = piece

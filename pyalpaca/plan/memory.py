@@ -17,7 +17,7 @@ _DEEPSPEED_BUCKET = 5 * 10**8
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device. activations: kept from forward to backward passes, of all micro-batches that are under way; work: what
-    the backward pass holds beside them at its worst moment; buffers: gradients on their way."""
+    the backward pass holds beside them at its worst moment; buffers: gradients and messages on their way."""
 
     weights: int
     gradients: int
@@ -31,15 +31,17 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.work + self.buffers
 
 
-def numbers_to_update(p: Parameter, job: Job, largest: bool = True) -> int:
-    """How many numbers of a tensor a data-parallel rank updates: all, or with ZeRO its share of the rows.
+def numbers_to_update(p: Parameter, job: Job, rank: int | None = None, replica: int | None = None) -> int:
+    """How many numbers of a tensor a rank updates: all it holds, or with ZeRO its share of the rows.
 
-    largest: of the rank with most rows; else of the first, which has the fewest.
+    rank: see `local_shape`. replica: which of those that hold the same weights; by default one with most rows.
     """
-    rows, *rest = local_shape(p, job)
-    if not job.zero or job.dp == 1:
-        return rows * math.prod(rest)
-    return (-(-rows // job.dp) if largest else rows // job.dp) * math.prod(rest)
+    rows, *rest = local_shape(p, job, rank)
+    if job.zero and replica is None:
+        rows = -(-rows // job.replicas)
+    elif job.zero and replica is not None:
+        rows = (replica + 1) * rows // job.replicas - replica * rows // job.replicas
+    return rows * math.prod(rest)
 
 
 def in_flight(job: Job) -> list[float]:
@@ -54,20 +56,26 @@ def static_memory(job: Job, stage: int) -> tuple[int, int, int, int]:
     all_numbers, learned = numbers(held, job), numbers(learning, job)
     state = 2 * FP32 + (FP32 if job.width < FP32 else 0)  # two moments, and a master of what is narrower
     if job.zero >= 2:
-        own = -(-learned // job.dp)
-        weights = -(-all_numbers // job.dp) if job.zero == 3 else all_numbers
+        own = -(-learned // job.replicas)
+        weights = -(-all_numbers // job.replicas) if job.zero == 3 else all_numbers
         bucket = min(2 * _DEEPSPEED_BUCKET, 2 * learned) * job.width
         # DeepSpeed accumulates in the weights' type and makes fp32 of it for the step.
         return weights * job.width, own * (job.width + (FP32 if job.width < FP32 else 0)), own * state, bucket
     shared = sum(numbers_to_update(p, job) for p in learning)
-    # ZeRO-1 leaves each rank its own sums, in memory of their own, beside the buckets that brought them.
-    received = shared * FP32 if job.zero and job.dp > 1 else 0
-    return all_numbers * job.width, learned * FP32, shared * state, received
+    return all_numbers * job.width, learned * FP32, shared * state, 0
+
+
+def messages(job: Job, stage: int) -> int:
+    """Bytes of what a stage has sent to its neighbours and keeps until they have surely received it (see `run_pipeline`)."""
+    directions = (stage < job.pp - 1) + (stage > 0) if job.chunks == 1 else 2
+    kept = min(job.micro_batches * job.chunks, (job.chunks + 1) * job.pp + 2)
+    return directions * kept * job.stream_tokens * job.model.hidden_size * job.width
 
 
 def memory(job: Job, stage: int, held: float) -> Memory:
     """What a device of a stage needs, with activations of so many micro-batches at once."""
     weights, gradients, optimizer, buffers = static_memory(job, stage)
+    buffers += messages(job, stage) if job.pp > 1 else 0
     layers, last = job.blocks(stage), stage == job.pp - 1
     how = [job.recomputed(i) for i in layers]
     bytes_of, work_of = ({h: f(job, h) for h in set(how)} for f in (block_bytes, block_work))
@@ -79,5 +87,14 @@ def memory(job: Job, stage: int, held: float) -> Memory:
         moments.append(activations + head_work(job))
     if job.zero == 3:
         buffers += 2 * numbers(job.block_table, job) * job.width  # one block's weights, gathered while the one before is in use
-    work = max(0, max(moments) - activations)
-    return Memory(weights, gradients, optimizer, round(activations * held), work, buffers)
+    work, kept_of_all = max(0, max(moments) - activations), round(activations * held)
+    # What ZeRO-1 leaves a rank of the sums comes when the activations have gone.
+    buffers += max(0, _received(job, stage) - kept_of_all - work)
+    return Memory(weights, gradients, optimizer, kept_of_all, work, buffers)
+
+
+def _received(job: Job, stage: int) -> int:
+    """Bytes of a rank's own sums, beside the buckets that brought them."""
+    if job.zero != 1 or job.replicas == 1:
+        return 0
+    return sum(numbers_to_update(p, job) for p in job.held(stage) if job.learns(p)) * FP32

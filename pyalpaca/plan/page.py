@@ -13,12 +13,17 @@ from pyalpaca.plan.job import Job
 from pyalpaca.plan.memory import Memory
 
 PARTS = tuple(field.name for field in dataclasses.fields(Memory))
+_LAYOUT = (
+    *("tp", "cp", "pp", "dp", "sequence_parallel", "zero", "schedule", "chunks"),
+    *("micro_batch", "global_batch", "seq", "dtype", "recompute", "recompute_every", "lora_r"),
+)
 MODES = (("none", 1), ("selective", 1), ("full", 2), ("full", 1))
 
 
 def layout_name(job: Job) -> str:
     """tp4 pp2 dp1, sequence parallelism and ZeRO where there are some."""
-    name = f"tp{job.tp}{' sp' if job.sequence_parallel else ''} pp{job.pp} dp{job.dp}"
+    sequence, context = " sp" * job.sequence_parallel, f" cp{job.cp}" * (job.cp > 1)
+    name = f"tp{job.tp}{sequence}{context} pp{job.pp} dp{job.dp}"
     return f"{name} zero{job.zero}" if job.zero else name
 
 
@@ -149,13 +154,7 @@ def as_json(plan: Plan, name: str) -> dict[str, Any]:
         }
         for stage in plan.stages
     ]
-    layout = {
-        key: getattr(job, key)
-        for key in (
-            *("tp", "pp", "dp", "sequence_parallel", "zero", "schedule", "chunks", "micro_batch", "global_batch", "seq", "dtype"),
-            *("recompute", "recompute_every", "lora_r"),
-        )
-    }
+    layout = {key: getattr(job, key) for key in _LAYOUT}
     return {
         "model": name,
         "layout": layout,

@@ -24,12 +24,12 @@ def search(job: Job, device: Device, efficiency: float = EFFICIENCY) -> list[Pla
 
 
 def _candidates(job: Job, device: Device) -> Iterator[Job]:
-    for tp, pp, dp in _cuts(job.devices, device.per_node):
+    for tp, cp, pp, dp in _cuts(job.devices, device.per_node):
         for micro_batch in _MICRO_BATCHES:
-            for zero in (0, 1, 2, 3) if tp * pp == 1 and dp > 1 else (0, 1) if dp > 1 else (0,):
+            for zero in (0, 1, 2, 3) if tp * cp * pp == 1 and dp > 1 else (0, 1) if cp * dp > 1 else (0,):
                 for recompute, every in _RECOMPUTE:
                     layout: dict[str, Any] = {
-                        **{"tp": tp, "pp": pp, "dp": dp, "micro_batch": micro_batch, "zero": zero, "layers": ()},
+                        **{"tp": tp, "cp": cp, "pp": pp, "dp": dp, "micro_batch": micro_batch, "zero": zero, "layers": ()},
                         **{"recompute": recompute, "recompute_every": every},
                         **({} if pp > 1 else {"schedule": "1f1b", "chunks": 1}),
                         "sequence_parallel": job.sequence_parallel and tp > 1,
@@ -40,11 +40,16 @@ def _candidates(job: Job, device: Device) -> Iterator[Job]:
                         continue
 
 
-def _cuts(devices: int, per_node: int) -> Iterator[tuple[int, int, int]]:
-    """(tp, pp, dp) whose product is the devices; tensor parallelism stays within a node, whose links it needs all the time."""
+def _cuts(devices: int, per_node: int) -> Iterator[tuple[int, int, int, int]]:
+    """(tp, cp, pp, dp) whose product is the devices; tensor parallelism stays within a node, whose links it needs most."""
     for tp in range(1, min(devices, per_node) + 1):
         if devices % tp:
             continue
-        for pp in range(1, devices // tp + 1):
-            if devices // tp % pp == 0:
-                yield tp, pp, devices // tp // pp
+        left = devices // tp
+        for pp in _divisors(left):
+            for cp in _divisors(left // pp):
+                yield tp, cp, pp, left // pp // cp
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -127,6 +127,9 @@ def collect(
             work.wait()
             flats[k] = None
             sums.update(buckets[k].views(own, rank if buckets[k].ranks > 1 else 0))
+        # Leaves, hooks and these refer to each other in a circle, which would keep the buckets until Python looks for circles.
+        pieces.clear()
+        sent.clear()
         return {path: sums[path] for path in leaves}
 
     return finish

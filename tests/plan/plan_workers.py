@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from memory_watch import MemoryWatch
 
 from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import LlamaConfig, flatten, forward, init, parameters, unflatten
-from pyalpaca.parallel import init_mesh
+from pyalpaca.parallel import Traffic, count_traffic, init_mesh, sequence_parameters, tensor_axis
 from pyalpaca.plan import Job
 from pyalpaca.train import TrainConfig
 from pyalpaca.train.loop import plan, start
@@ -29,16 +30,18 @@ class Observed:
     peak: int
 
 
-def job(config: TrainConfig, model: LlamaConfig, dp: int = 1) -> Job:
+def job(config: TrainConfig, model: LlamaConfig, dp: int = 1, sequence_parallel: bool = False) -> Job:
     """The job of a run."""
     return Job(
         model,
         tp=config.tp,
+        cp=config.cp,
         pp=config.pp,
         dp=dp,
         micro_batch=config.micro_batch_size,
         global_batch=config.global_batch_size,
         seq=config.seq_length,
+        sequence_parallel=sequence_parallel,
         dtype=config.dtype,
         recompute=config.recompute,  # type: ignore[arg-type]
         recompute_every=config.recompute_every,
@@ -51,7 +54,7 @@ def job(config: TrainConfig, model: LlamaConfig, dp: int = 1) -> Job:
 
 def begin(config: TrainConfig, model: LlamaConfig) -> tuple[TrainState, Setup, torch.Tensor]:
     """The first state of a run, and this rank's tokens of one step."""
-    mesh = init_mesh(config.tp, config.pp)
+    mesh = init_mesh(config.tp, config.pp, cp=config.cp)
     setup = plan(model, config, mesh)
     whole = flatten(init(parameters(model), seed=7))
     state = start(config, setup, memory_reader(model, {p.name: whole[p.path] for p in parameters(model)}))
@@ -61,7 +64,11 @@ def begin(config: TrainConfig, model: LlamaConfig) -> tuple[TrainState, Setup, t
 
 def observe(config: TrainConfig, model: LlamaConfig) -> Observed:
     """One step of a run on this process's rank."""
-    state, setup, tokens = begin(config, model)
+    return watched_step(*begin(config, model))
+
+
+def watched_step(state: TrainState, setup: Setup, tokens: torch.Tensor) -> Observed:
+    """One step from a state."""
     held = [*flatten(state.params).values(), *(t for part in state.optimizer for t in part.values())]
     with MemoryWatch([*held, tokens]) as watch:
         before = watch.alive - tokens.nbytes
@@ -83,3 +90,19 @@ def kept(config: TrainConfig, model: LlamaConfig) -> int:
         found = watch.alive - before
     assert loss.requires_grad
     return found
+
+
+def layout_step(config: TrainConfig, model: LlamaConfig, sequence_parallel: bool) -> tuple[Traffic, Observed]:
+    """What this rank of a layout moves in one step, and the memory that another one takes."""
+    state, setup, tokens = begin(config, model)
+    if sequence_parallel:
+        table = {p.path: p for p in sequence_parameters(setup.table.values())}
+        setup = replace(setup, axis=tensor_axis(setup.mesh, model.vocab_size, sequence_parallel=True), table=table)
+    with count_traffic(setup.mesh) as moved:
+        state, _ = train_step(state, tokens, tokens.clone(), setup)
+    return moved, watched_step(state, setup, tokens)
+
+
+def layout_steps(cases: Sequence[tuple[TrainConfig, LlamaConfig, bool]]) -> list[tuple[Traffic, Observed]]:
+    """The same for several layouts of as many processes, one after the other."""
+    return [layout_step(*case) for case in cases]
