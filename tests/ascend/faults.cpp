@@ -395,6 +395,101 @@ FAULT(scalar_read_of_an_old_line) {
 }
 FAULT(an_assertion) { ASSERT(mended == 1); }
 
+// ---- the cube core
+
+namespace {
+
+// x as halves (16, 16) times itself, over L1 and L0, and out to y as fp32 rows; `multiply` makes the product.
+template <typename Multiply>
+void squared(GM_ADDR a, GM_ADDR b, bool loaded, bool fixed, Multiply multiply) {
+  GlobalTensor<half> x;
+  GlobalTensor<float> y;
+  x.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(a), 2048);
+  y.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(b), 1024);
+  TPipe pipe;
+  TBuf<TPosition::A1> l1;
+  TBuf<TPosition::A2> l0a;
+  TBuf<TPosition::B2> l0b;
+  TBuf<TPosition::CO1> l0c;
+  pipe.InitBuffer(l1, 512);
+  pipe.InitBuffer(l0a, 512);
+  pipe.InitBuffer(l0b, 512);
+  pipe.InitBuffer(l0c, 4096);
+  DataCopy(l1.Get<half>(), x, Nd2NzParams(1, 16, 16, 0, 16, 16, 1, 0));
+  SetFlag<HardEvent::MTE2_MTE1>(EVENT_ID0);
+  WaitFlag<HardEvent::MTE2_MTE1>(EVENT_ID0);
+  const LoadData2DParams whole(0, 1, 1, 0, 0, false, 0);
+  LoadData(l0a.Get<half>(), l1.Get<half>(), whole);
+  LoadData(l0b.Get<half>(), l1.Get<half>(), whole);
+  if (loaded) {
+    SetFlag<HardEvent::MTE1_M>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE1_M>(EVENT_ID0);
+  }
+  multiply(l0c.Get<float>(), l0a.Get<half>(), l0b.Get<half>());
+  if (fixed) {
+    SetFlag<HardEvent::M_FIX>(EVENT_ID0);
+    WaitFlag<HardEvent::M_FIX>(EVENT_ID0);
+  }
+  Fixpipe<float, float, CFG_ROW_MAJOR>(y, l0c.Get<float>(), FixpipeParamsV220(16, 16, 16, 16, false));
+}
+
+using Product = LocalTensor<float>;
+using Factor = LocalTensor<half>;
+
+}  // namespace
+
+FAULT(factors_not_waited_for) {
+  squared(a, b, mended, true,
+          [](Product c, Factor x, Factor y) { Mmad(c, x, y, MmadParams(16, 16, 16, 0, false, true)); });
+}
+FAULT(product_not_waited_for) {
+  squared(a, b, true, mended,
+          [](Product c, Factor x, Factor y) { Mmad(c, x, y, MmadParams(16, 16, 16, 0, false, true)); });
+}
+FAULT(short_products_without_a_barrier) {  // the second may read what the first has not written yet
+  squared(a, b, true, true, [&](Product c, Factor x, Factor y) {
+    Mmad(c, x, y, MmadParams(16, 16, 16, 0, false, true));
+    if (mended) PipeBarrier<PIPE_M>();
+    Mmad(c, x, y, MmadParams(16, 16, 16, 0, false, false));
+  });
+}
+FAULT(product_between_its_places) {
+  squared(a, b, true, true, [&](Product c, Factor x, Factor y) {
+    Mmad(c, x, y, MmadParams(16, 16, 16, 0, false, true));
+    Mmad(c[mended ? 256 : 16], x, y, MmadParams(16, 16, 16, 0, false, true));
+  });
+}
+FAULT(a_single_row) {
+  squared(a, b, true, true, [&](Product c, Factor x, Factor y) {
+    Mmad(c, x, y, MmadParams(16, 16, 16, 0, false, true));
+    Mmad(c[256], x, y, MmadParams(mended ? 2 : 1, 16, 16, 0, false, true));
+  });
+}
+
+// Both kinds of core: the cube core's product, 10 of its 16 columns computed, is read by the vector cores.
+namespace {
+void handed_over(GM_ADDR a, GM_ADDR b, bool waited, uint32_t columns) {
+  if ASCEND_IS_AIC {
+    squared(a, b, true, true,
+            [](Product c, Factor x, Factor y) { Mmad(c, x, y, MmadParams(16, 10, 16, 0, false, true)); });
+    CrossCoreSetFlag<2, PIPE_FIX>(0);
+  }
+  if ASCEND_IS_AIV {
+    Floats gm(a, b);
+    TPipe pipe;
+    TBuf<TPosition::VECIN> buffer;
+    pipe.InitBuffer(buffer, 16 * 64);
+    LocalTensor<float> t = buffer.Get<float>();
+    if (waited) CrossCoreWaitFlag(0);
+    DataCopyPad(t, gm.y, DataCopyExtParams(16, columns * 4, (16 - columns) * 4, 0, 0),
+                DataCopyPadExtParams<float>(true, 0, static_cast<uint8_t>((16 - columns) % 8), 0.0f));
+    if (!waited) CrossCoreWaitFlag(0);
+  }
+}
+}  // namespace
+FAULT(read_before_the_cube_core_wrote) { handed_over(a, b, mended, 10); }
+FAULT(columns_that_were_never_computed) { handed_over(a, b, true, mended ? 10 : 12); }
+
 // y = 2 x in one tile after the other through queues: what a sound kernel looks like.
 FAULT(sound) {
   Floats gm(a, b);

@@ -1,9 +1,11 @@
 // The kernels as they are, known to the emulation by name, and their tiling for Python.
 #include "ascend/launch/kernels.h"
 
+#include "ascend/kernels/flash_forward.cpp"
 #include "ascend/kernels/rms_norm.cpp"
 #include "ascend/kernels/rms_norm_backward.cpp"
 #include "ascend/kernels/rope.cpp"
+#include "ascend/tiling/flash_forward.h"
 #include "ascend/tiling/rms_norm.h"
 #include "ascend/tiling/rope.h"
 #include "emu/host.h"
@@ -28,10 +30,14 @@ constexpr bool matches(void (*)(Args...), uint32_t (*)(uint32_t, aclrtStream, Gi
 LAUNCHES_OF(half)
 LAUNCHES_OF(bfloat16)
 LAUNCHES_OF(float)
+SAME_ARGUMENTS(flash_forward_half)
+SAME_ARGUMENTS(flash_forward_bfloat16)
 
 KERNELS_OF(half)
 KERNELS_OF(bfloat16)
 KERNELS_OF(float)
+EMU_KERNEL(flash_forward_half)
+EMU_KERNEL(flash_forward_bfloat16)
 
 extern "C" {
 
@@ -56,6 +62,28 @@ void tiling_rope(int64_t tokens, int64_t q_heads, int64_t k_heads, int64_t head_
   const RopeTiling t = rope_tiling(tokens, q_heads, k_heads, head_dim, size, cache != 0, cores);
   out[0] = t.cores, out[1] = t.tile_tokens, out[2] = t.tile_heads;
   out[3] = t.cores ? rope_bytes(t.tile_tokens, t.tile_heads, k_heads, head_dim, size, cache != 0) : 0;
+}
+
+void tiling_flash_forward(int64_t batch, int64_t q_len, int64_t kv_len, int64_t heads, int64_t kv_heads,
+                          int64_t head_dim, int64_t cores, int64_t* out) {
+  const FlashTiling t = flash_forward_tiling(batch, q_len, kv_len, heads, kv_heads, head_dim, cores);
+  const FlashBytes b = flash_forward_bytes(t, head_dim);
+  out[0] = t.cores, out[1] = t.q_tile, out[2] = t.kv_tile, out[3] = t.stack, out[4] = t.chunk, out[5] = t.workspace;
+  out[6] = b.unified, out[7] = b.l1, out[8] = b.l0a, out[9] = b.l0b, out[10] = b.l0c;
+}
+
+// Rows times keys that each core has to do, causal.
+void work_of_cores(int64_t batch, int64_t q_len, int64_t kv_len, int64_t heads, int64_t tile, int64_t cores,
+                   int64_t* out) {
+  FlashShape shape{};
+  shape.batch = batch, shape.q_len = q_len, shape.kv_len = kv_len, shape.causal = 1;
+  shape.heads = shape.kv_heads = static_cast<int32_t>(heads);
+  shape.q_tile = static_cast<int32_t>(tile), shape.stack = 512;
+  for (int64_t core = 0; core < cores; ++core) {
+    FlashWalk walk(shape, nullptr, nullptr, core, cores);
+    out[core] = 0;
+    while (walk.next()) out[core] += walk.tile().rows * walk.columns();
+  }
 }
 
 }  // extern "C"

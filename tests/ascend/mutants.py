@@ -18,7 +18,21 @@ FILES = {
     "rows.h": ("rms_norm", "rms_norm_backward"),
     "common.h": ("rms_norm", "rms_norm_backward", "rope"),
 }
-FLAG = re.compile(r"(?:Set|Wait)Flag<[^;]*;")
+FLASH_FILES = {
+    "flash_tasks.h": ("flash_forward",),
+    "flash_cube.h": ("flash_forward",),
+    "flash_softmax.h": ("flash_forward",),
+    "flash_forward_cube.h": ("flash_forward",),
+    "flash_forward_vector.h": ("flash_forward",),
+}
+# What a kernel's own file includes, in this order.
+INCLUDED = {
+    "rms_norm": ("rows.h",),
+    "rms_norm_backward": ("rows.h",),
+    "rope": (),
+    "flash_forward": ("flash_cube.h", "flash_tasks.h", "flash_softmax.h", "flash_forward_cube.h", "flash_forward_vector.h"),
+}
+FLAG = re.compile(r"(?:CrossCore)?(?:Set|Wait)Flag(?:<[^;()]*>)?\([^;]*;|(?<!if \()\bPipeBarrier<[^;]*;")
 BUFFER = re.compile(r"(InitBuffer\(\w+, )([^;]*)\);")
 SUBSCRIPT = re.compile(r"(?<=[\w)])\[([^\[\]]*)\]")
 TAILS = [  # what takes a rest into account, and what does not
@@ -36,6 +50,26 @@ TAILS = [  # what takes a rest into account, and what does not
     (re.compile(r"\(shape_\.tokens \+ shape_\.tile_tokens - 1\) /"), "shape_.tokens /"),
 ]
 
+FLASH_TAILS = [
+    (re.compile(r"rest < shape_\.kv_tile \? rest : "), ""),
+    (re.compile(r"rest < rows \? rest : "), ""),
+    (re.compile(r"rows - row < most \? rows - row : "), ""),
+    (re.compile(r"tile_\.keys - key_ < shape_\.stack \? [^:]*: "), ""),
+    (re.compile(r"q_len - row < shape_\.q_tile \? [^:]*: "), ""),
+    (re.compile(r"columns - column < (\w+) \? columns - column : \w+"), r"\1"),
+    (re.compile(r"\((\w+) \+ [\w.]+ - 1\) / "), r"\1 / "),
+    (re.compile(r"hide_rest\(x, columns, shape\);"), ";"),
+    (re.compile(r"if \(shape_\.causal && [^;]*;"), ";"),
+    (re.compile(r"if \(kept \+ shape\.rows - 1 <= 0\)"), "if (kept <= 0)"),
+    (re.compile(r"rows == 1 \? 2 : rows"), "rows"),
+    (re.compile(r"end < 0 \? 0 : end"), "end"),
+    (re.compile(r"if \(tile\.rows == 1\) [^;]*;"), ";"),
+    (re.compile(r"(k\w+Slots = )(?:kAhead \+ 1|2)\b"), r"\1 1"),  # slots that are used again too early
+    (re.compile(r"(?<=\w\()now, max, up\);\n"), "now, now, up);\n"),
+    (re.compile(r"safe, now, kLowest, up"), "safe, now, -3.4e38f, up"),
+    (re.compile(r"Maxs\(safe, total\[row\], kSmallestSum, up\);"), "Maxs(safe, total[row], 0.0f, up);"),
+]
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -51,6 +85,11 @@ class Mutant:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.file}:{self.line} -> {self.text!r}"
+
+
+def kernels_of(file: str) -> tuple[str, ...]:
+    """The kernels that a file is part of."""
+    return (FILES | FLASH_FILES)[file]
 
 
 def code_of(file: str) -> str:
@@ -79,10 +118,10 @@ def mutants_of(file: str) -> list[Mutant]:
     for match in SUBSCRIPT.finditer(text):
         before = re.search(r"(\w+)\W*$", text[: match.start()])
         declared = re.fullmatch(r"\d", match[1]) is not None
-        if declared or (before and re.fullmatch(r"(filled|computed|emptied|v_filled)_", before[1])):
+        if declared or (before and re.fullmatch(r"(\w*filled|computed|\w*emptied|read|row)_?|\w*lanes", before[1])):
             continue  # a declaration, or the number of a flag
         add("offset", *match.span(), f"[{match[1]} + 8]")
-    for pattern, new in TAILS:
+    for pattern, new in FLASH_TAILS if file in FLASH_FILES else TAILS:
         for match in pattern.finditer(text):
             add("tail", *match.span(), match.expand(new))
     return found
@@ -90,16 +129,19 @@ def mutants_of(file: str) -> list[Mutant]:
 
 def source_of(mutant: Mutant, number: int) -> str:
     """The kernels of a mutant in a namespace of their own, known to the emulation as mNUMBER_NAME."""
+    kernels = kernels_of(mutant.file)
     parts = []
-    for file in ("common.h", "rows.h", *(f"{kernel}.cpp" for kernel in FILES[mutant.file])):
+    included = dict.fromkeys(file for kernel in kernels for file in INCLUDED[kernel])
+    for file in ("common.h", *included, *(f"{kernel}.cpp" for kernel in kernels)):
         text = code_of(file)
         if file == mutant.file:
             for start, end in sorted([(mutant.start, mutant.end), *mutant.also], reverse=True):
                 text = text[:start] + mutant.text + text[end:]
         text = re.sub(r"^#(?:pragma once|include .*)$", "", text, flags=re.M).replace('extern "C" ', "inline ")
         parts.append(re.sub(r"^PYALPACA_\w+\(\w+, bfloat16_t\)$", "", text, flags=re.M))
-    names = [f"{kernel}_{dtype}" for kernel in FILES[mutant.file] for dtype in ("half", "float")]
-    if "rms_norm_backward" in FILES[mutant.file]:
+    dtypes = ("half",) if mutant.file in FLASH_FILES else ("half", "float")
+    names = [f"{kernel}_{dtype}" for kernel in kernels for dtype in dtypes]
+    if "rms_norm_backward" in kernels:
         names += ["rms_norm_dgamma_half", "rms_norm_dgamma_float"]
     known = [
         f'static const emu::Registration r_{name}("m{number}_{name}", [](const uint64_t* w) {{ emu::call_with<{name}>(w, {name}, '

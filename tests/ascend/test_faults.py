@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import AIC_ONLY, AIV_ONLY, MIX_AIV_1_0, FaultError, Output, build_library, launch
+from emulation import AIC_ONLY, AIV_ONLY, MIX_AIC_1_2, MIX_AIV_1_0, FaultError, Output, build_library, launch
 
-SEEDS = range(9)
+SEEDS = [*range(9), *range(20, 26)]
 # name of the fault, kind of launch, cores
 ONE = {
     "memory-limit": ["too_much_unified_memory"],
@@ -49,6 +49,13 @@ CASES = [(kernel, fault, AIV_ONLY, 1) for fault, kernels in ONE.items() for kern
     ("counted_past_15", "flag-counter", MIX_AIV_1_0, 2),
     ("cross_flag_left_set", "flag-left-set", MIX_AIV_1_0, 2),
     ("a_reserved_cross_flag", "argument", MIX_AIV_1_0, 2),
+    ("factors_not_waited_for", "race|uninitialised", AIC_ONLY, 1),
+    ("product_not_waited_for", "race", AIC_ONLY, 1),
+    ("short_products_without_a_barrier", "race", AIC_ONLY, 1),
+    ("product_between_its_places", "misaligned", AIC_ONLY, 1),
+    ("a_single_row", "argument", AIC_ONLY, 1),
+    ("read_before_the_cube_core_wrote", "race|uninitialised", MIX_AIC_1_2, 1),
+    ("columns_that_were_never_computed", "uninitialised", MIX_AIC_1_2, 1),
 ]
 
 

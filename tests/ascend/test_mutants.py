@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from emulation import FaultError
-from mutants import FILES, Mutant, mutants_of, write_sources
+from mutants import FILES, Mutant, kernels_of, mutants_of, write_sources
 from npu_kernels import kernel_library, rms_norm, rms_norm_backward, rope
 from test_kernels import EPS, TOLERANCE, angles, assert_near, gradient_oracle, norm_oracle, random
 
@@ -75,11 +75,14 @@ CHECKS: dict[str, Callable[[ctypes.CDLL, str], None]] = {
 }
 
 
-def found_by(library: ctypes.CDLL, mutant: Mutant, number: int) -> str | None:
+Check = Callable[[ctypes.CDLL, str], None]
+
+
+def found_by(library: ctypes.CDLL, mutant: Mutant, number: int, checks: dict[str, Check]) -> str | None:
     """The name of the fault that gave a mutant away, "values" if its results did, None if nothing did."""
     try:
-        for kernel in FILES[mutant.file]:
-            CHECKS[kernel](library, f"m{number}_")
+        for kernel in kernels_of(mutant.file):
+            checks[kernel](library, f"m{number}_")
     except FaultError as fault:
         return fault.name
     except AssertionError:
@@ -98,7 +101,7 @@ def test_spoilt_kernels_are_found_out() -> None:
     mutants = [mutant for file in FILES for mutant in mutants_of(file)]
     sound = [Mutant("none", file, 0, 0, "", 1) for file in FILES]  # not spoilt: nothing may be found
     library = kernel_library(write_sources([*mutants, *sound]))
-    by = [found_by(library, mutant, number) for number, mutant in enumerate([*mutants, *sound])]
+    by = [found_by(library, mutant, number, CHECKS) for number, mutant in enumerate([*mutants, *sound])]
     assert by[len(mutants) :] == [None] * len(sound)
     by = by[: len(mutants)]
     alive = [str(mutant) for mutant, fault in zip(mutants, by, strict=True) if fault is None]

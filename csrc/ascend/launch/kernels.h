@@ -19,4 +19,12 @@ PYALPACA_DECLARE(half)
 PYALPACA_DECLARE(bfloat16)
 PYALPACA_DECLARE(float)
 #undef PYALPACA_DECLARE
+#define PYALPACA_DECLARE(type)                                                                                    \
+  uint32_t aclrtlaunch_flash_forward_##type(                                                                      \
+      uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, void*, void*, int64_t, int64_t, int64_t,   \
+      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
+      int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, float);
+PYALPACA_DECLARE(half)
+PYALPACA_DECLARE(bfloat16)
+#undef PYALPACA_DECLARE
 }

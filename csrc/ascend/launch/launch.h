@@ -19,22 +19,25 @@ namespace pyalpaca_npu {
 
 using at::Tensor;
 
-// Vector cores of a device; asked once.
-inline int64_t vector_cores(const at::Device& device) {
+// How many cores of a kind a device has; asked once.
+template <aclDeviceInfo kind>
+int64_t cores_of(const at::Device& device) {
   static std::array<int64_t, 64> known{};
   const auto index = static_cast<size_t>(device.index());
   TORCH_CHECK(device.has_index() && index < known.size(), "pyalpaca: device ", device, ", expected one of the first ",
               known.size());
   if (known[index] == 0) {
     int64_t count = 0;
-    const aclError error =
-        aclGetDeviceCapability(static_cast<uint32_t>(index), ACL_DEVICE_INFO_VECTOR_CORE_NUM, &count);
-    TORCH_CHECK(error == ACL_SUCCESS && count > 0, "pyalpaca: the number of vector cores of ", device,
+    const aclError error = aclGetDeviceCapability(static_cast<uint32_t>(index), kind, &count);
+    TORCH_CHECK(error == ACL_SUCCESS && count > 0, "pyalpaca: the number of cores of ", device,
                 " could not be read (error ", error, ")");
     known[index] = count;
   }
   return known[index];
 }
+inline int64_t vector_cores(const at::Device& device) { return cores_of<ACL_DEVICE_INFO_VECTOR_CORE_NUM>(device); }
+// Cube cores; each has two vector cores beside it.
+inline int64_t cube_cores(const at::Device& device) { return cores_of<ACL_DEVICE_INFO_AI_CORE_NUM>(device); }
 
 // Puts a launch into torch_npu's own queue, behind what is waiting there: a launch straight onto the stream could
 // overtake it. `kept` lives until the launch is made.

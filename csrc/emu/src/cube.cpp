@@ -94,7 +94,7 @@ void load_fractals(Call call, const Local& dst, const Local& src, const FractalL
 // A in rows of fractals of rows, B in rows of fractals of columns, C in columns of fractals of rows.
 void multiply(Call call, const Local& dst, const Local& a, const Local& b, Dtype type, int64_t m, int64_t n, int64_t k,
               bool from_zero) {
-  if (check_local(call, PIPE_M, dst, 64) != Memory::kL0C) fail(*current, call, PIPE_M, "position", "Mmad writes L0C");
+  if (check_local(call, PIPE_M, dst, 1024) != Memory::kL0C) fail(*current, call, PIPE_M, "position", "Mmad writes L0C");
   if (check_local(call, PIPE_M, a, 512) != Memory::kL0A)
     fail(*current, call, PIPE_M, "position", "Mmad reads its first factor in L0A");
   if (check_local(call, PIPE_M, b, 512) != Memory::kL0B)
@@ -105,6 +105,7 @@ void multiply(Call call, const Local& dst, const Local& a, const Local& b, Dtype
   Operation operation;
   operation.call = call;
   operation.marks_itself = true;
+  operation.settles = !from_zero && (m / 16) * (n / 16) < 10;  // a short one may overtake what it adds to
   operation.reads.push_back(local_access(call, PIPE_M, a, 0, uint64_t(rows * depth * kFractal), false));
   operation.reads.push_back(local_access(call, PIPE_M, b, 0, uint64_t(columns * depth * kFractal), false));
   operation.writes.push_back(local_access(call, PIPE_M, dst, 0, uint64_t(rows * columns * 1024)));
@@ -131,22 +132,34 @@ void multiply(Call call, const Local& dst, const Local& a, const Local& b, Dtype
       poison(sc.bytes.data() + dst.address, rows * columns * 1024);
       mark_known(*current, dst, 0, rows * columns * 1024, false);
     }
+    std::vector<float> left(m * k), right(k * n), sums(n);
     for (int64_t i = 0; i < m; ++i) {
-      for (int64_t p = 0; p < k; ++p) known(Memory::kL0A, sa, a.address + at_a(i, p), 2);
+      for (int64_t p = 0; p < k; ++p) {
+        const int64_t at = a.address + at_a(i, p);
+        known(Memory::kL0A, sa, at, 2);
+        left[i * k + p] = read_half(type, sa.bytes.data() + at);
+      }
     }
     for (int64_t p = 0; p < k; ++p) {
-      for (int64_t j = 0; j < n; ++j) known(Memory::kL0B, sb, b.address + at_b(p, j), 2);
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = b.address + at_b(p, j);
+        known(Memory::kL0B, sb, at, 2);
+        right[p * n + j] = read_half(type, sb.bytes.data() + at);
+      }
     }
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; ++j) {
-        uint8_t* to = sc.bytes.data() + dst.address + at_c(i, j);
-        if (!from_zero) known(Memory::kL0C, sc, dst.address + at_c(i, j), 4);
-        float sum = from_zero ? 0 : load<float>(to);
-        for (int64_t p = 0; p < k; ++p) {
-          sum += read_half(type, sa.bytes.data() + a.address + at_a(i, p)) *
-                 read_half(type, sb.bytes.data() + b.address + at_b(p, j));
-        }
-        store(to, sum);
+        const int64_t at = dst.address + at_c(i, j);
+        if (!from_zero) known(Memory::kL0C, sc, at, 4);
+        sums[j] = from_zero ? 0 : load<float>(sc.bytes.data() + at);
+      }
+      for (int64_t p = 0; p < k; ++p) {
+        const float factor = left[i * k + p];
+        const float* const row = right.data() + p * n;
+        for (int64_t j = 0; j < n; ++j) sums[j] += factor * row[j];
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        store(sc.bytes.data() + dst.address + at_c(i, j), sums[j]);
         mark_known(*current, dst, at_c(i, j), 4, true);
       }
     }
@@ -154,6 +167,7 @@ void multiply(Call call, const Local& dst, const Local& a, const Local& b, Dtype
   issue(PIPE_M, std::move(operation));
 }
 
+// Values that were never computed go out too, and stay unknown: columns leave in sixteens.
 void fix_out(Call call, const Global& dst, const Local& src, const FixOut& shape, Dtype type) {
   Core& core = *current;
   if (check_local(call, PIPE_FIX, src, 64) != Memory::kL0C) fail(core, call, PIPE_FIX, "position", "Fixpipe reads L0C");
@@ -177,14 +191,24 @@ void fix_out(Call call, const Global& dst, const Local& src, const FixOut& shape
         const int64_t count = std::min<int64_t>(16, shape.n - column);
         const uint64_t from =
             uint64_t(matrix * shape.source_matrix_stride * 256 + column / 16 * shape.source_stride * 16 + row * 16) * 4;
-        operation.reads.push_back(local_access(call, PIPE_FIX, src, from, uint64_t(count) * 4));
+        operation.reads.push_back(local_access(call, PIPE_FIX, src, from, uint64_t(count) * 4, false));
         lines.push_back({from, to + column * size, count});
       }
     }
   }
   if (lines.empty()) return;
   operation.run = [=, lines = std::move(lines), atomic = core.atomic] {
+    const std::vector<uint8_t>& known = current->stores[int(Memory::kL0C)].known;
     for (const Line& line : lines) {
+      int64_t unknown = line.count;  // the first one; what follows it in a fractal is not known either
+      for (int64_t i = line.count; i-- > 0;) {
+        if (!known[src.address + line.from + i * 4]) unknown = i;
+      }
+      if (unknown < line.count) {
+        if (atomic) fail(*current, call, PIPE_FIX, "uninitialised", "adds values of L0C that were never written");
+        mark_global_unknown(reinterpret_cast<uint64_t>(dst.address) + line.to + unknown * size,
+                            reinterpret_cast<uint64_t>(dst.address) + line.to + line.count * size);
+      }
       for (int64_t i = 0; i < line.count; ++i) {
         float value = load<float>(bytes_of(*current, Memory::kL0C, src.address + line.from + i * 4));
         if (shape.relu && !(value > 0)) value = value != value ? value : 0;

@@ -61,6 +61,7 @@ struct Operation {
   std::vector<Access> reads, writes;
   std::function<void()> run;
   bool marks_itself = false;  // run() says itself which bytes are known after it
+  bool settles = false;  // of a pipe that keeps its order: here what it reads must be known to be done all the same
   std::shared_ptr<const Clock> issued;
   HardEvent event{};
   int id = 0, mode = 0;
@@ -171,9 +172,10 @@ std::string stretch_text(Memory memory, uint64_t begin, uint64_t end);
 std::string call_text(const Call& call);
 
 // ---- memory.cpp
-void check_access(Core& core, const Call& call, pipe_t pipe, const Access& access, bool write);
+void check_access(Core& core, const Call& call, pipe_t pipe, const Access& access, bool write, bool settles = false);
 void mark_written(Core& core, const Access& access);
 void mark_known(Core& core, const Local& at, uint64_t offset, uint64_t bytes, bool known);
+void mark_global_unknown(uint64_t begin, uint64_t end);
 void poison(uint8_t* bytes, uint64_t size);
 Region* region_at(uint64_t address);
 

@@ -12,7 +12,7 @@ bool before(const Clock& clock, const Epoch& epoch) { return epoch.thread < 0 ||
 // Only the copying pipes may overtake themselves; the compiler orders vector after vector.
 bool overtakes(pipe_t pipe) { return pipe == PIPE_MTE1 || pipe == PIPE_MTE2 || pipe == PIPE_MTE3 || pipe == PIPE_FIX; }
 
-void check_cells(Core& core, const Call& call, pipe_t pipe, const Access& access, bool write) {
+void check_cells(Core& core, const Call& call, pipe_t pipe, const Access& access, bool write, bool settles) {
   Store& store = core.stores[int(access.memory)];
   const Clock& clock = core.clocks[pipe];
   const int base = core.index * kPipes;
@@ -25,7 +25,8 @@ void check_cells(Core& core, const Call& call, pipe_t pipe, const Access& access
                (write ? " written" : " read") + " while " + how + " by pipe " + kPipeNames[other] +
                " with no flag or barrier between");
     };
-    const uint32_t known_done = cell.writer == pipe && overtakes(pipe) ? core.settled[pipe] : clock[base + cell.writer];
+    const bool own = cell.writer == pipe && (overtakes(pipe) || settles);
+    const uint32_t known_done = own ? core.settled[pipe] : clock[base + cell.writer];
     if (cell.written > known_done) clash(cell.writer, "written");
     if (write) {
       for (int other = 0; other < kPipes; ++other) {
@@ -175,13 +176,13 @@ Region* region_at(uint64_t address) {
   return address < region.end ? &region : nullptr;
 }
 
-void check_access(Core& core, const Call& call, pipe_t pipe, const Access& access, bool write) {
+void check_access(Core& core, const Call& call, pipe_t pipe, const Access& access, bool write, bool settles) {
   ++machine.time;
   if (access.begin == access.end) return;
   if (access.memory == Memory::kNone)
     check_stretches(core, call, pipe, access, write);
   else
-    check_cells(core, call, pipe, access, write);
+    check_cells(core, call, pipe, access, write, settles);
 }
 
 void mark_written(Core& core, const Access& access) {
@@ -194,6 +195,16 @@ void mark_known(Core& core, const Local& at, uint64_t offset, uint64_t bytes, bo
   Store& store = core.stores[int(memory_of(at.position))];
   const auto first = store.known.begin() + at.address + offset;
   std::fill(first, first + bytes, uint8_t{known});
+}
+
+// Of what was just written to global memory: bytes that nobody ever gave a value.
+void mark_global_unknown(uint64_t begin, uint64_t end) {
+  Region& region = *region_at(begin);
+  cut(region, begin);
+  cut(region, end);
+  for (auto it = region.stretches.lower_bound(begin); it != region.stretches.end() && it->first < end; ++it) {
+    it->second.known = false;
+  }
 }
 
 uint8_t* bytes_of(Core& core, Memory memory, uint64_t address) {

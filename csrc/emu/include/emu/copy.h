@@ -183,6 +183,16 @@ void DataCopy(const LocalTensor<T>& dst, const LocalTensor<T>& src, const Nd2NzP
 }
 
 struct LoadData2DParams {
+  LoadData2DParams() = default;
+  LoadData2DParams(emu::Field<uint16_t> start, emu::Field<uint8_t> repeat, emu::Field<uint16_t> src, uint8_t id,
+                   emu::Field<uint16_t> gap, bool transpose, uint8_t mode)
+      : startIndex(start),
+        repeatTimes(repeat),
+        srcStride(src),
+        sid(id),
+        dstGap(gap),
+        ifTranspose(transpose),
+        addrMode(mode) {}
   emu::Field<uint16_t> startIndex = 0;
   emu::Field<uint8_t> repeatTimes = 0;
   emu::Field<uint16_t> srcStride = 0;
@@ -204,6 +214,10 @@ void LoadData(const LocalTensor<T>& dst, const LocalTensor<T>& src, const LoadDa
 }
 
 struct MmadParams {
+  MmadParams() = default;
+  MmadParams(emu::Field<uint16_t> rows, emu::Field<uint16_t> columns, emu::Field<uint16_t> depth, uint8_t unit,
+             bool source, bool zero)
+      : m(rows), n(columns), k(depth), cmatrixInitVal(zero), cmatrixSource(source), unitFlag(unit) {}
   emu::Field<uint16_t> m = 0, n = 0, k = 0;
   bool cmatrixInitVal = true;
   bool cmatrixSource = false;
@@ -222,6 +236,10 @@ void Mmad(const LocalTensor<D>& dst, const LocalTensor<A>& a, const LocalTensor<
 }
 
 struct FixpipeParamsV220 {
+  FixpipeParamsV220() = default;
+  FixpipeParamsV220(emu::Field<uint16_t> n, emu::Field<uint16_t> m, emu::Field<uint16_t> src, emu::Field<uint32_t> dst,
+                    bool relu)
+      : nSize(n), mSize(m), srcStride(src), dstStride(dst), reluEn(relu) {}
   emu::Field<uint16_t> nSize = 0, mSize = 0, srcStride = 0;
   emu::Field<uint32_t> dstStride = 0;
   QuantMode_t quantPre = QuantMode_t::NoQuant;

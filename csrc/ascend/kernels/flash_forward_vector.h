@@ -1,0 +1,281 @@
+// A vector core's part of attention, half of a tile's rows: scores to weights (the softmax of Milakov and Gimelshein
+// 2018, kept up from stack to stack), and the values of the stack before added to what the rows have so far.
+//
+// Scores and values come in through one ring of two places, weights and results go out through another.
+#pragma once
+
+#include "flash_softmax.h"
+#include "flash_tasks.h"
+
+namespace pyalpaca_npu {
+
+template <typename T>
+class FlashForwardVector {
+ public:
+  __aicore__ inline FlashForwardVector(TPipe& pipe, const FlashShape& shape)
+      : pipe_(pipe), shape_(shape), slots_(shape) {}
+
+  __aicore__ inline void init(GM_ADDR out, GM_ADDR lse, GM_ADDR workspace, GM_ADDR q_starts, GM_ADDR kv_starts) {
+    out_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(out));
+    lse_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(lse));
+    core_ = GetBlockIdx() / 2;  // two vector cores beside each cube core
+    second_ = GetSubBlockIdx() == 1;
+    workspace_ = workspace + core_ * slots_.bytes;
+    q_starts_ = q_starts;
+    kv_starts_ = kv_starts;
+    pipe_.InitBuffer(in_buffer_, 2 * shape_.chunk * sizeof(float));
+    pipe_.InitBuffer(out_buffer_, 2 * shape_.chunk * sizeof(T));
+    pipe_.InitBuffer(lse_buffer_, 2 * kMostRows * sizeof(float));
+    pipe_.InitBuffer(result_buffer_, first_rows(shape_.q_tile) * shape_.head_dim * sizeof(float));
+    pipe_.InitBuffer(lanes_buffer_,
+                     (shape_.chunk < kMostRows * kLanes ? shape_.chunk : kMostRows * kLanes) * sizeof(float));
+    pipe_.InitBuffer(blocks_buffer_, 4 * kMostRows * kBlock * sizeof(float));
+    pipe_.InitBuffer(numbers_buffer_, kNumbers * kMostRows * sizeof(float));
+    pipe_.InitBuffer(bits_buffer_, kMostRows * kLanes / 8);
+    blocks_ = blocks_buffer_.Get<float>();
+    parts_ = blocks_[kMostRows * kBlock];
+    triangle_ = {numbers(kIndex), blocks_[2 * kMostRows * kBlock], blocks_[3 * kMostRows * kBlock],
+                 bits_buffer_.Get<uint8_t>()};
+  }
+
+  __aicore__ inline void run() {
+    for (int32_t i = 0; i < 2; ++i) {
+      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
+      read_[i] = pipe_.AllocEventID<HardEvent::V_MTE2>();
+      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
+      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_V>();
+      SetFlag<HardEvent::V_MTE2>(read_[i]);
+      SetFlag<HardEvent::MTE3_V>(emptied_[i]);
+    }
+    // What lies past the rows of a tile is computed with and goes nowhere.
+    Duplicate(parts_, 0.0f, kMostRows * kBlock);
+    Duplicate(numbers(0), 1.0f, kNumbers * kMostRows);
+    CreateVecIndex(numbers(kIndex), 0.0f, static_cast<uint32_t>(kMostRows));
+    as_blocks(triangle_.rows, numbers(kIndex), kMostRows);
+    const int64_t cores = GetBlockNum();
+    if (shape_.causal || shape_.kv_len == 0 || q_starts_ != nullptr) {
+      FlashWalk all(shape_, q_starts_, kv_starts_, core_, cores);
+      while (all.next_tile()) {
+        if (all.tile().keys == 0) store_nothing_seen(all.tile());
+      }
+    }
+    FlashWalk now(shape_, q_starts_, kv_starts_, core_, cores), before(shape_, q_starts_, kv_starts_, core_, cores);
+    for (now.next(); now.valid(); now.next(), before.next()) {
+      softmax(now);
+      if (before.valid()) add_values(before);
+    }
+    if (before.valid()) add_values(before);
+    for (int32_t i = 0; i < 2; ++i) {
+      WaitFlag<HardEvent::V_MTE2>(read_[i]);
+      WaitFlag<HardEvent::MTE3_V>(emptied_[i]);
+      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
+      pipe_.ReleaseEventID<HardEvent::V_MTE2>(read_[i]);
+      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
+      pipe_.ReleaseEventID<HardEvent::MTE3_V>(emptied_[i]);
+    }
+  }
+
+ private:
+  // Numbers a row. Maxima and sums of a tile outlive the first stack of the next: two of each.
+  enum : int32_t { kMax = 0, kSum = 2, kRescale = 4, kNow = 6, kSafe, kOnes, kIndex, kNumbers };
+  __aicore__ inline LocalTensor<float> numbers(int32_t which) const {
+    return numbers_buffer_.Get<float>()[which * kMostRows];
+  }
+  __aicore__ inline int32_t first_row(const FlashTile& tile) const {
+    return second_ ? first_rows(cube_rows(tile.rows)) : 0;
+  }
+  // Rows that are computed: those of the cube core, of which a tile of one row has two.
+  __aicore__ inline int32_t rows_of(const FlashTile& tile) const {
+    const int32_t rows = cube_rows(tile.rows), first = first_rows(rows);
+    return second_ ? rows - first : first;
+  }
+  // Of rows from `row` on, those that belong to the tile.
+  __aicore__ inline int32_t stored(const FlashTile& tile, int32_t row, int32_t rows) const {
+    const int32_t rest = tile.rows - first_row(tile) - row;
+    return rest < rows ? rest : rows;
+  }
+
+  __aicore__ inline void softmax(const FlashWalk& walk) {
+    const FlashTile& tile = walk.tile();
+    const int32_t rows = rows_of(tile), first = first_row(tile), columns = walk.columns();
+    const int32_t pitch = round_up(columns, kLanes), most = shape_.chunk / pitch / kBlock * kBlock;
+    GlobalTensor<float> scores;
+    scores.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace_ + slots_.score_slot(walk.number())),
+                           shape_.q_tile * shape_.stack);
+    GlobalTensor<T> weights;
+    weights.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace_ + slots_.weight_slot(walk.number())),
+                            shape_.q_tile * shape_.stack);
+    if (walk.first()) {
+      const int32_t turn = walk.tile_number() % 2;
+      Duplicate(numbers(kMax + turn), minus_infinity(), kMostRows);
+      Duplicate(numbers(kSum + turn), 0.0f, kMostRows);
+    }
+    CrossCoreWaitFlag(kScoresReady);
+    for (int32_t row = 0; row < rows; row += most) {
+      const Rows shape{rows - row < most ? rows - row : most, pitch};
+      const LocalTensor<float> x = load(scores[(first + row) * shape_.stack], shape.rows, columns, shape_.stack, pitch);
+      hide_rest(x, columns, shape);
+      Muls(x, x, shape_.scale, shape.rows * pitch);
+      const int64_t visible = tile.visible + first + row - walk.key();
+      if (shape_.causal && visible < columns) hide_later(x, visible, columns, row, triangle_, shape);
+      to_weights(x, walk, row, shape);
+      const LocalTensor<T> y = place_out<T>();
+      Cast(y, x, RoundMode::CAST_RINT, shape.rows * pitch);
+      give_back();
+      SetFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
+      WaitFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
+      const uint32_t unread = static_cast<uint32_t>((pitch - round_up(columns, kSixteen)) / kSixteen);
+      DataCopyPad(weights[(first + row) * shape_.stack], y,
+                  DataCopyExtParams(static_cast<uint16_t>(shape.rows), static_cast<uint32_t>(columns * sizeof(T)),
+                                    unread, static_cast<uint32_t>((shape_.stack - columns) * sizeof(T)), 0));
+      sent();
+    }
+    CrossCoreSetFlag<2, PIPE_MTE3>(kWeightsReady);
+  }
+
+  // x = exp(x - the greatest so far); that, the sum of a row and what earlier sums and values are to be scaled by are
+  // kept.
+  __aicore__ inline void to_weights(const LocalTensor<float>& x, const FlashWalk& walk, int32_t row,
+                                    const Rows& shape) {
+    const int32_t groups = shape.pitch / kLanes, turn = walk.tile_number() % 2, up = round_up(shape.rows, kBlock);
+    const LocalTensor<float> max = numbers(kMax + turn)[row], total = numbers(kSum + turn)[row];
+    const LocalTensor<float> rescale = numbers(kRescale + walk.number() % 2)[row];
+    const LocalTensor<float> now = numbers(kNow), safe = numbers(kSafe), lanes = lanes_buffer_.Get<float>();
+    greatest(now, x, groups, lanes, parts_, shape);
+    Max(now, now, max, up);
+    Maxs(safe, now, kLowest, up);
+    Sub(rescale, max, safe, up);
+    Exp(rescale, rescale, up);
+    Max(max, now, max, up);
+    as_blocks(blocks_, safe, shape.rows);
+    subtract_blocks(x, blocks_, groups, shape);
+    Exp(x, x, shape.rows * shape.pitch);
+    sum(now, x, groups, lanes, parts_, shape);
+    Mul(total, total, rescale, up);
+    Add(total, total, now, up);
+  }
+
+  __aicore__ inline void add_values(const FlashWalk& walk) {
+    const FlashTile& tile = walk.tile();
+    const int32_t rows = rows_of(tile), first = first_row(tile), width = shape_.head_dim;
+    const int32_t most = most_results();
+    const LocalTensor<float> result = result_buffer_.Get<float>();
+    GlobalTensor<float> values;
+    values.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace_ + slots_.value_slot(walk.number())),
+                           shape_.q_tile * width);
+    CrossCoreWaitFlag(kValuesReady);
+    for (int32_t row = 0; row < rows; row += most) {
+      const Rows shape{rows - row < most ? rows - row : most, width};
+      const LocalTensor<float> x = load(values[(first + row) * width], shape.rows, width, width, width);
+      if (walk.first()) {
+        Adds(result[row * width], x, 0.0f, shape.rows * width);
+      } else {
+        as_blocks(blocks_, numbers(kRescale + walk.number() % 2)[row], shape.rows);
+        rescale_and_add(result[row * width], blocks_, x, width, shape);
+      }
+      give_back();
+    }
+    if (walk.last()) store_results(tile, walk.tile_number() % 2);
+  }
+
+  __aicore__ inline void store_results(const FlashTile& tile, int32_t turn) {
+    const int32_t rows = rows_of(tile), width = shape_.head_dim, most = most_results();
+    const LocalTensor<float> max = numbers(kMax + turn), total = numbers(kSum + turn), safe = numbers(kSafe);
+    const LocalTensor<float> result = result_buffer_.Get<float>();
+    for (int32_t row = 0; row < rows; row += most) {
+      const Rows shape{rows - row < most ? rows - row : most, width};
+      const int32_t up = round_up(shape.rows, kBlock);
+      Maxs(safe, total[row], kSmallestSum, up);
+      Div(safe, numbers(kOnes), safe, up);
+      as_blocks(blocks_, safe, shape.rows);
+      multiply_blocks(result[row * width], blocks_, width, shape);
+      const LocalTensor<T> y = place_out<T>();
+      const LocalTensor<float> lse = lse_buffer_.Get<float>()[out_turn_ * kMostRows];
+      Cast(y, result[row * width], RoundMode::CAST_RINT, shape.rows * width);
+      // max + ln(sum); a row that has seen an infinity has an infinite one, though its sum is NaN.
+      Ln(lse, total[row], up);
+      Add(lse, lse, max[row], up);
+      CompareScalar(triangle_.bits, max[row], kHighest, CMPMODE::GT, static_cast<uint32_t>(kMostRows));
+      Select(lse, triangle_.bits, max[row], lse, SELMODE::VSEL_TENSOR_TENSOR_MODE, static_cast<uint32_t>(up));
+      store(tile, row, shape.rows, y, lse);
+    }
+  }
+
+  // Rows that see no key: results 0, lse -inf.
+  __aicore__ inline void store_nothing_seen(const FlashTile& tile) {
+    const int32_t rows = rows_of(tile), most = most_results();
+    for (int32_t row = 0; row < rows; row += most) {
+      const int32_t count = rows - row < most ? rows - row : most;
+      const LocalTensor<T> y = place_out<T>();
+      const LocalTensor<float> lse = lse_buffer_.Get<float>()[out_turn_ * kMostRows];
+      Duplicate(y.template ReinterpretCast<half>(), half(0.0f), count * shape_.head_dim);
+      Duplicate(lse, minus_infinity(), kMostRows);
+      store(tile, row, count, y, lse);
+    }
+  }
+
+  // Rows of a result, a head apart in memory, and their lse.
+  __aicore__ inline void store(const FlashTile& tile, int32_t row, int32_t rows, const LocalTensor<T>& y,
+                               const LocalTensor<float>& lse) {
+    const int32_t width = shape_.head_dim, count = stored(tile, row, rows);
+    const int64_t at = first_row(tile) + row;
+    SetFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
+    WaitFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
+    DataCopyPad(out_[tile.out + at * shape_.heads * width], y,
+                DataCopyExtParams(static_cast<uint16_t>(count), static_cast<uint32_t>(width * sizeof(T)), 0,
+                                  static_cast<uint32_t>((shape_.heads - 1) * width * sizeof(T)), 0));
+    store_rows(lse_[tile.lse + at], lse, 1, count);
+    sent();
+  }
+
+  __aicore__ inline int32_t most_results() const { return shape_.chunk / shape_.head_dim / kBlock * kBlock; }
+
+  // The next place of the ring, filled; the vector pipe has waited for it.
+  __aicore__ inline LocalTensor<float> load(const GlobalTensor<float>& from, int32_t rows, int32_t columns,
+                                            int32_t stride, int32_t pitch) {
+    const LocalTensor<float> to = in_buffer_.Get<float>()[in_turn_ * shape_.chunk];
+    WaitFlag<HardEvent::V_MTE2>(read_[in_turn_]);
+    const uint32_t unfilled = static_cast<uint32_t>((pitch - round_up(columns, kBlock)) / kBlock);
+    DataCopyPad(to, from,
+                DataCopyExtParams(static_cast<uint16_t>(rows), static_cast<uint32_t>(columns * sizeof(float)),
+                                  static_cast<uint32_t>((stride - columns) * sizeof(float)), unfilled, 0),
+                DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
+    SetFlag<HardEvent::MTE2_V>(filled_[in_turn_]);
+    WaitFlag<HardEvent::MTE2_V>(filled_[in_turn_]);
+    return to;
+  }
+  __aicore__ inline void give_back() {
+    SetFlag<HardEvent::V_MTE2>(read_[in_turn_]);
+    in_turn_ = 1 - in_turn_;
+  }
+  template <typename U>
+  __aicore__ inline LocalTensor<U> place_out() {
+    WaitFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
+    return out_buffer_.Get<U>()[out_turn_ * shape_.chunk];
+  }
+  __aicore__ inline void sent() {
+    SetFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
+    out_turn_ = 1 - out_turn_;
+  }
+
+  static constexpr int32_t kSixteen = 32 / sizeof(T);
+  TPipe& pipe_;
+  const FlashShape& shape_;
+  FlashSlots slots_;
+  GlobalTensor<T> out_;
+  GlobalTensor<float> lse_;
+  GM_ADDR workspace_;
+  GM_ADDR q_starts_;
+  GM_ADDR kv_starts_;
+  TBuf<TPosition::VECIN> in_buffer_;
+  TBuf<TPosition::VECOUT> out_buffer_, lse_buffer_;
+  TBuf<TPosition::VECCALC> result_buffer_, lanes_buffer_, blocks_buffer_, numbers_buffer_, bits_buffer_;
+  LocalTensor<float> blocks_, parts_;
+  Triangle triangle_;
+  TEventID filled_[2], read_[2], computed_[2], emptied_[2];
+  int64_t core_;
+  int32_t in_turn_ = 0, out_turn_ = 0;
+  bool second_;
+};
+
+}  // namespace pyalpaca_npu

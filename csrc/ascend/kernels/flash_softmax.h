@@ -1,0 +1,117 @@
+// Rows of scores in unified memory, all of them at a time: what must not be seen is hidden, extremes, sums, one number
+// a row for all its columns. A row is some groups of 64 columns; an instruction takes one group of all rows.
+#pragma once
+
+#include "common.h"
+
+namespace pyalpaca_npu {
+
+constexpr int32_t kMostRows = 64;       // of one vector core
+constexpr float kLowest = -1e30f;       // stands for the greatest score of a row that sees nothing: exp(-inf - it) is 0
+constexpr float kHighest = 3.4e38f;     // only infinity is above
+constexpr float kSmallestSum = 1e-30f;  // a row that sees nothing has the sum 0
+
+// Not a literal: the toolkit has none of the standard library.
+__aicore__ inline float minus_infinity() { return -__builtin_inff(); }
+
+struct Rows {
+  int32_t rows, pitch;  // pitch: a multiple of 8, the distance of rows
+  __aicore__ inline uint8_t count() const { return narrow(rows); }
+  __aicore__ inline uint8_t step() const { return narrow(pitch / kBlock); }
+};
+
+// Columns from `columns` on to the end of their group are -inf.
+__aicore__ inline void hide_rest(const LocalTensor<float>& x, int32_t columns, const Rows& shape) {
+  const int32_t group = columns / kLanes * kLanes, kept = columns - group;
+  if (kept == 0) return;
+  uint64_t lanes[2] = {~uint64_t{0} << kept, 0};
+  Duplicate(x[group], minus_infinity(), lanes, shape.count(), 1, shape.step());
+}
+
+// What a mask needs: lanes 0 to 63, and the number of each row as a block.
+struct Triangle {
+  LocalTensor<float> lanes, rows, limits;
+  LocalTensor<uint8_t> bits;
+};
+
+// Row i keeps its first `visible` + i columns, the others are -inf. `first_row`: of the block numbers.
+__aicore__ inline void hide_later(const LocalTensor<float>& x, int64_t visible, int32_t columns, int32_t first_row,
+                                  const Triangle& triangle, const Rows& shape) {
+  for (int32_t group = 0; group < columns; group += kLanes) {
+    const int64_t kept = visible - group;  // of this group, by the first row
+    if (kept >= kLanes) continue;
+    const LocalTensor<float> part = x[group];
+    if (kept + shape.rows - 1 <= 0) {
+      Duplicate(part, minus_infinity(), static_cast<uint64_t>(kLanes), shape.count(), 1, shape.step());
+      continue;
+    }
+    Adds(triangle.limits, triangle.rows[first_row * kBlock], static_cast<float>(kept - first_row), shape.rows * kBlock);
+    Compare(triangle.bits, triangle.lanes, triangle.limits, CMPMODE::LT, static_cast<uint64_t>(kLanes), shape.count(),
+            BinaryRepeatParams(1, 1, 0, 8, 0, 1));
+    uint64_t all[2] = {~uint64_t{0}, 0};
+    Select(part, triangle.bits, part, minus_infinity(), SELMODE::VSEL_TENSOR_SCALAR_MODE, all, shape.count(),
+           BinaryRepeatParams(1, 1, 1, shape.step(), shape.step(), 8));
+  }
+}
+
+// The greatest of each row; lanes: 64 numbers a row, parts: 8.
+__aicore__ inline void greatest(const LocalTensor<float>& to, const LocalTensor<float>& x, int32_t groups,
+                                const LocalTensor<float>& lanes, const LocalTensor<float>& parts, const Rows& shape) {
+  const uint64_t all = kLanes;
+  Max(lanes, x, x[(groups > 1 ? 1 : 0) * kLanes], all, shape.count(),
+      BinaryRepeatParams(1, 1, 1, 8, shape.step(), shape.step()));
+  for (int32_t group = 2; group < groups; ++group) {
+    Max(lanes, x[group * kLanes], lanes, all, shape.count(), BinaryRepeatParams(1, 1, 1, 8, shape.step(), 8));
+  }
+  BlockReduceMax<float>(parts, lanes, shape.count(), kLanes, 1, 1, 8);
+  BlockReduceMax<float>(to, parts, narrow(round_up(shape.rows, kBlock) / kBlock), kLanes, 1, 1, 8);
+}
+
+// The sum of each row; lanes and parts as above.
+__aicore__ inline void sum(const LocalTensor<float>& to, const LocalTensor<float>& x, int32_t groups,
+                           const LocalTensor<float>& lanes, const LocalTensor<float>& parts, const Rows& shape) {
+  const uint64_t all = kLanes;
+  if (groups == 1) {
+    BlockReduceSum<float>(parts, x, shape.count(), kLanes, 1, 1, shape.step());
+  } else {
+    Add(lanes, x, x[kLanes], all, shape.count(), BinaryRepeatParams(1, 1, 1, 8, shape.step(), shape.step()));
+    for (int32_t group = 2; group < groups; ++group) {
+      Add(lanes, x[group * kLanes], lanes, all, shape.count(), BinaryRepeatParams(1, 1, 1, 8, shape.step(), 8));
+    }
+    BlockReduceSum<float>(parts, lanes, shape.count(), kLanes, 1, 1, 8);
+  }
+  BlockReduceSum<float>(to, parts, narrow(round_up(shape.rows, kBlock) / kBlock), kLanes, 1, 1, 8);
+}
+
+// A number a row as a block a row.
+__aicore__ inline void as_blocks(const LocalTensor<float>& to, const LocalTensor<float>& numbers, int32_t rows) {
+  Brcb(to, numbers, narrow(round_up(rows, kBlock) / kBlock), BrcbRepeatParams(1, 8));
+}
+
+// x -= a row's number, in whole groups.
+__aicore__ inline void subtract_blocks(const LocalTensor<float>& x, const LocalTensor<float>& blocks, int32_t groups,
+                                       const Rows& shape) {
+  for (int32_t group = 0; group < groups; ++group) {
+    Sub(x[group * kLanes], x[group * kLanes], blocks, static_cast<uint64_t>(kLanes), shape.count(),
+        BinaryRepeatParams(1, 1, 0, shape.step(), shape.step(), 1));
+  }
+}
+// x *= a row's number.
+__aicore__ inline void multiply_blocks(const LocalTensor<float>& x, const LocalTensor<float>& blocks, int32_t columns,
+                                       const Rows& shape) {
+  for (int32_t column = 0; column < columns; column += kLanes) {
+    const uint64_t lanes = columns - column < kLanes ? columns - column : kLanes;
+    Mul(x[column], x[column], blocks, lanes, shape.count(), BinaryRepeatParams(1, 1, 0, shape.step(), shape.step(), 1));
+  }
+}
+// x = x * a row's number + more.
+__aicore__ inline void rescale_and_add(const LocalTensor<float>& x, const LocalTensor<float>& blocks,
+                                       const LocalTensor<float>& more, int32_t columns, const Rows& shape) {
+  for (int32_t column = 0; column < columns; column += kLanes) {
+    const uint64_t lanes = columns - column < kLanes ? columns - column : kLanes;
+    FusedMulAdd(x[column], blocks, more[column], lanes, shape.count(),
+                BinaryRepeatParams(1, 0, 1, shape.step(), 1, shape.step()));
+  }
+}
+
+}  // namespace pyalpaca_npu

@@ -1,0 +1,141 @@
+// Attention cut in pieces: tiles of query rows, and for each the keys it sees, a stack at a time.
+//
+// Tiles are dealt to the AI cores heaviest first, to and fro, so that all have the same to do though a causal tile sees
+// the more keys the later it is. The stacks of all tiles of a core are one sequence: the cube core and its two vector
+// cores walk through it, each at its own pace, and nothing stands still between two tiles.
+#pragma once
+
+#include "flash_cube.h"
+
+namespace pyalpaca_npu {
+
+struct FlashShape {
+  int64_t batch, q_len, kv_len;  // of packed sequences: how many, and the longest
+  int64_t q_batch_stride, q_stride, q_head_stride;
+  int64_t k_batch_stride, k_stride, k_head_stride;
+  int64_t v_batch_stride, v_stride, v_head_stride;
+  int64_t lse_batch_stride, lse_head_stride, q_offset;
+  int32_t heads, kv_heads, head_dim, causal, q_tile, kv_tile, stack, chunk;
+  float scale;
+};
+
+// Rows of one head of one sequence, and where their tensors lie, in elements.
+struct FlashTile {
+  int64_t q, k, v, out, lse;
+  int64_t visible;  // how many keys the first row sees, were there any number of them before and after
+  int64_t keys;     // how many keys any row sees
+  int32_t rows;
+};
+
+class FlashWalk {
+ public:
+  __aicore__ inline FlashWalk(const FlashShape& shape, GM_ADDR q_starts, GM_ADDR kv_starts, int64_t core, int64_t cores)
+      : shape_(shape), core_(core), cores_(cores), packed_(q_starts != nullptr) {
+    q_starts_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(q_starts), shape.batch + 1);
+    kv_starts_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(kv_starts), shape.batch + 1);
+    levels_ = (shape.q_len + shape.q_tile - 1) / shape.q_tile;
+  }
+
+  // To the next stack of keys, of the same tile or of the next one that sees any.
+  __aicore__ inline bool next() {
+    key_ += columns_;
+    bool more = started_ && key_ < tile_.keys;
+    if (started_) ++number_;
+    if (!more) {
+      more = next_tile();
+      while (more && tile_.keys == 0) more = next_tile();
+      if (started_) ++tile_number_;
+      key_ = 0;
+    }
+    started_ = true;
+    valid_ = more;
+    if (more) columns_ = tile_.keys - key_ < shape_.stack ? static_cast<int32_t>(tile_.keys - key_) : shape_.stack;
+    return more;
+  }
+
+  // To the next tile, whether it sees keys or not.
+  __aicore__ inline bool next_tile() {
+    const int64_t total = levels_ * shape_.batch * shape_.heads;
+    while (true) {
+      const int64_t place = round_ % 2 == 0 ? core_ : cores_ - 1 - core_, at = round_ * cores_ + place;
+      if (round_ * cores_ >= total) return false;
+      ++round_;
+      if (at < total && take(at)) return true;
+    }
+  }
+
+  __aicore__ inline bool valid() const { return valid_; }
+  __aicore__ inline const FlashTile& tile() const { return tile_; }
+  __aicore__ inline int64_t key() const { return key_; }          // of the tile's keys, the first of the stack
+  __aicore__ inline int32_t columns() const { return columns_; }  // keys of the stack
+  __aicore__ inline bool first() const { return key_ == 0; }
+  __aicore__ inline bool last() const { return key_ + columns_ == tile_.keys; }
+  __aicore__ inline int32_t number() const { return number_; }  // of the stack
+  __aicore__ inline int32_t tile_number() const { return tile_number_; }
+  __aicore__ inline int32_t parts() const { return (columns_ + shape_.kv_tile - 1) / shape_.kv_tile; }
+
+ private:
+  __aicore__ inline bool take(int64_t at) {
+    const int64_t level = at / (shape_.batch * shape_.heads), rest = at % (shape_.batch * shape_.heads);
+    const int64_t sequence = rest / shape_.heads, head = rest % shape_.heads;
+    const int64_t q_start = packed_ ? q_starts_.GetValue(sequence) : sequence * shape_.q_len;
+    const int64_t kv_start = packed_ ? kv_starts_.GetValue(sequence) : 0;
+    const int64_t q_len = packed_ ? q_starts_.GetValue(sequence + 1) - q_start : shape_.q_len;
+    const int64_t kv_len = packed_ ? kv_starts_.GetValue(sequence + 1) - kv_start : shape_.kv_len;
+    const int64_t row = (levels_ - 1 - level) * shape_.q_tile;
+    if (row >= q_len) return false;
+    tile_.rows = q_len - row < shape_.q_tile ? static_cast<int32_t>(q_len - row) : shape_.q_tile;
+    const int64_t kv_head = head / (shape_.heads / shape_.kv_heads);
+    const int64_t batch = packed_ ? 0 : sequence, q_row = packed_ ? q_start + row : row;
+    tile_.q = batch * shape_.q_batch_stride + q_row * shape_.q_stride + head * shape_.q_head_stride;
+    tile_.k = batch * shape_.k_batch_stride + kv_start * shape_.k_stride + kv_head * shape_.k_head_stride;
+    tile_.v = batch * shape_.v_batch_stride + kv_start * shape_.v_stride + kv_head * shape_.v_head_stride;
+    tile_.out = ((q_start + row) * shape_.heads + head) * shape_.head_dim;
+    tile_.lse = batch * shape_.lse_batch_stride + head * shape_.lse_head_stride + q_row;
+    // The last query of a packed sequence sees its last key.
+    tile_.visible = row + 1 + shape_.q_offset + (packed_ ? kv_len - q_len : 0);
+    const int64_t end = tile_.visible + tile_.rows - 1;
+    tile_.keys = !shape_.causal || end > kv_len ? kv_len : (end < 0 ? 0 : end);
+    return true;
+  }
+
+  const FlashShape& shape_;
+  GlobalTensor<int64_t> q_starts_, kv_starts_;
+  FlashTile tile_;
+  int64_t core_, cores_, levels_, round_ = 0, key_ = 0;
+  int32_t columns_ = 0, number_ = 0, tile_number_ = 0;
+  bool packed_, started_ = false, valid_ = false;
+};
+
+// ---- what the cores of a group hand each other through global memory: slots, and flags that say they are full
+
+constexpr int32_t kAhead = 2;                // stacks whose scores are computed before their turn
+constexpr int32_t kScoreSlots = kAhead + 1;  // one is read while two are filled
+constexpr int32_t kWeightSlots = 2, kValueSlots = 2;
+constexpr uint16_t kScoresReady = 0, kWeightsReady = 1, kValuesReady = 2;
+
+// Rows of the first of the two vector cores; the second has the rest.
+__aicore__ inline int32_t first_rows(int32_t rows) {
+  const int32_t half = round_up((rows + 1) / 2, kBlock);
+  return half < rows ? half : rows;
+}
+
+// One core's part of the workspace, in bytes.
+struct FlashSlots {
+  int64_t scores, weights, values, bytes;
+  __aicore__ inline FlashSlots(const FlashShape& shape) {
+    scores = int64_t{shape.q_tile} * shape.stack * 4;
+    weights = int64_t{shape.q_tile} * shape.stack * 2;
+    values = int64_t{shape.q_tile} * shape.head_dim * 4;
+    bytes = kScoreSlots * scores + kWeightSlots * weights + kValueSlots * values;
+  }
+  __aicore__ inline int64_t score_slot(int32_t number) const { return number % kScoreSlots * scores; }
+  __aicore__ inline int64_t weight_slot(int32_t number) const {
+    return kScoreSlots * scores + number % kWeightSlots * weights;
+  }
+  __aicore__ inline int64_t value_slot(int32_t number) const {
+    return kScoreSlots * scores + kWeightSlots * weights + number % kValueSlots * values;
+  }
+};
+
+}  // namespace pyalpaca_npu

@@ -1,0 +1,82 @@
+// Attention on an NPU: sequences of one length, or packed side by side.
+#include "ascend/tiling/flash_forward.h"
+
+#include "ascend/launch/flash_attention.h"
+
+namespace pyalpaca_npu {
+namespace {
+
+struct Sequences {
+  int64_t batch, q_len, kv_len;  // of packed ones the longest
+  Tensor q_starts, kv_starts;    // of packed ones
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
+                                   bool causal, int64_t q_offset, double scale) {
+  const c10::OptionalDeviceGuard guard(q.device());
+  const bool packed = sequences.q_starts.defined();
+  const int64_t heads = q.size(-2), kv_heads = k.size(-2), head_dim = q.size(-1);
+  const Tensor out = at::empty_like(q, at::MemoryFormat::Contiguous);
+  const auto wide = q.options().dtype(at::kFloat);
+  const Tensor lse = at::empty(
+      packed ? std::vector<int64_t>{heads, q.size(0)} : std::vector<int64_t>{q.size(0), heads, q.size(1)}, wide);
+  if (q.numel() == 0) return {out, lse};
+  const FlashTiling tiling = flash_forward_tiling(sequences.batch, sequences.q_len, sequences.kv_len, heads, kv_heads,
+                                                  head_dim, cube_cores(q.device()));
+  TORCH_CHECK(tiling.cores > 0, "flash_attention: no tiling for q of shape ", q.sizes(), " and k ", k.sizes());
+  const Tensor from_q = with_near_tokens(q), from_k = with_near_tokens(k), from_v = with_near_tokens(v);
+  const Tensor workspace = at::empty({tiling.workspace}, q.options().dtype(at::kByte));
+  const auto batch_stride = [packed](const Tensor& x) { return packed ? int64_t{0} : x.stride(0); };
+  const int64_t lse_batch_stride = packed ? 0 : heads * sequences.q_len;
+  const int64_t lse_head_stride = packed ? q.size(0) : sequences.q_len;
+  const auto kernel = kernel_for_half(q, aclrtlaunch_flash_forward_half, aclrtlaunch_flash_forward_bfloat16);
+  enqueue("pyalpaca_flash_forward",
+          {from_q, from_k, from_v, sequences.q_starts, sequences.kv_starts, out, lse, workspace},
+          [=](aclrtStream stream) {
+            return kernel(tiling.cores, stream, address(from_q), address(from_k), address(from_v),
+                          address(sequences.q_starts), address(sequences.kv_starts), address(out), address(lse),
+                          address(workspace), sequences.batch, sequences.q_len, sequences.kv_len, batch_stride(from_q),
+                          from_q.stride(-3), from_q.stride(-2), batch_stride(from_k), from_k.stride(-3),
+                          from_k.stride(-2), batch_stride(from_v), from_v.stride(-3), from_v.stride(-2),
+                          lse_batch_stride, lse_head_stride, q_offset, static_cast<int32_t>(heads),
+                          static_cast<int32_t>(kv_heads), static_cast<int32_t>(head_dim), static_cast<int32_t>(causal),
+                          tiling.q_tile, tiling.kv_tile, tiling.stack, tiling.chunk, static_cast<float>(scale));
+          });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                                           int64_t q_offset, double scale) {
+  check_attention(q, k, v, 4, scale);
+  return forward(q, k, v, {q.size(0), q.size(1), k.size(1), {}, {}}, causal, q_offset, scale);
+}
+
+// q (N, H, d), k and v (M, K, d); sequence b has the rows from starts[b] to starts[b + 1], its last query sees its last
+// key. -> out like q, lse fp32 (H, N)
+std::tuple<Tensor, Tensor> flash_attention_packed(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                  const Tensor& q_starts, const Tensor& kv_starts, int64_t longest_q,
+                                                  int64_t longest_kv, bool causal, double scale) {
+  check_attention(q, k, v, 3, scale);
+  for (const Tensor& starts : {q_starts, kv_starts}) {
+    TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) >= 2 && starts.sizes() == q_starts.sizes() &&
+                          starts.scalar_type() == at::kLong && starts.device() == q.device(),
+                      "flash_attention_packed: starts are ", starts.scalar_type(), " ", starts.sizes(), " on ",
+                      starts.device(), ", expected int64 (B + 1) on ", q.device(), ", as many for keys as for queries");
+  }
+  return forward(q, k, v, {q_starts.size(0) - 1, longest_q, longest_kv, q_starts.contiguous(), kv_starts.contiguous()},
+                 causal, 0, scale);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
+  m.def(
+      "flash_attention_packed(Tensor q, Tensor k, Tensor v, Tensor q_starts, Tensor kv_starts, int longest_q, int "
+      "longest_kv, bool causal, float scale) -> (Tensor out, Tensor lse)");
+}
+TORCH_LIBRARY_IMPL(pyalpaca, PrivateUse1, m) {
+  m.impl("flash_attention", flash_attention);
+  m.impl("flash_attention_packed", flash_attention_packed);
+}
+
+}  // namespace pyalpaca_npu
