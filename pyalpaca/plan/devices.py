@@ -28,7 +28,7 @@ class Device:
 
 def _ascend(name: str, cores: int, gigahertz: float, memory: float = 64e9) -> Device:
     """Atlas A2: a core does 8192 fp16 operations a clock; seven links to its neighbours of 28 GB/s in each direction."""
-    return Device(name, cores * 8192 * gigahertz / 1e3, memory, 1.6e12, 196e9)
+    return Device(name, round(cores * 8192 * gigahertz / 1e3), memory, 1.6e12, 196e9)
 
 
 DEVICES = {

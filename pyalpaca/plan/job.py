@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 from pyalpaca.model import LlamaConfig, Parameter, lora_parameters, parameters, shard, stage_layers
 from pyalpaca.parallel import Action, pipeline_schedule
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class Job:
 
     tp, cp, pp, dp: sizes of the tensor, context, pipeline and data axes.
     micro_batch, global_batch: samples. seq: tokens a sample. layers: of each (virtual) stage, even if not given. chunks:
-    virtual stages a stage. zero: 0 and 1 are pyalpaca's own, 2 and 3 DeepSpeed's. lora_r 0: all weights learn. bucket_size:
-    numbers in a bucket of gradients.
+    virtual stages a stage. zero: 0 and 1 are pyalpaca's own, 2 and 3 DeepSpeed's. lora_r 0: all weights learn.
     """
 
     model: LlamaConfig
@@ -33,7 +32,7 @@ class Job:
     seq: int = 2048
     sequence_parallel: bool = False
     dtype: str = "fp16"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: str = "none"
     recompute_every: int = 1
     zero: int = 0
     lora_r: int = 0
@@ -42,14 +41,14 @@ class Job:
     schedule: str = "1f1b"
     chunks: int = 1
     layers: Sequence[int] = ()
-    bucket_size: int = 1 << 23
 
     def __post_init__(self) -> None:
         for name in ("tp", "cp", "pp", "dp", "micro_batch", "global_batch", "seq", "recompute_every", "chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"zero is {self.zero}, expected 0, 1, 2 or 3")
+        for name, choices in (("zero", (0, 1, 2, 3)), ("recompute", RECOMPUTE), ("dtype", tuple(BYTES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}")
         if self.zero > 1 and self.tp * self.cp * self.pp > 1:
             raise ValueError(f"ZeRO-{self.zero} is DeepSpeed's, which is data-parallel only; set tp, cp, pp to 1, or zero to 1")
         if self.global_batch % (self.dp * self.micro_batch):

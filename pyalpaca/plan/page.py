@@ -97,7 +97,7 @@ def _by_mode(plan: Plan) -> str:
     """The largest stage under each kind of recomputation."""
     told = []
     for recompute, every in MODES:
-        other = make_plan(replace(plan.job, recompute=recompute, recompute_every=every), plan.device, plan.efficiency)  # type: ignore[arg-type]
+        other = make_plan(replace(plan.job, recompute=recompute, recompute_every=every), plan.device, plan.efficiency)
         mark = "" if other.fits else " (too much)"
         told.append(f"{recompute_name(recompute, every)}: {_size(other.memory)}, {other.seconds:.2f} s{mark}")
     return "; ".join(told)

@@ -95,6 +95,7 @@ class TrainConfig:
     wandb: str = _setting("", "also report to this project of Weights & Biases")
     swanlab: str = _setting("", "also report to this project of SwanLab")
     peak_tflops: float = _setting(0.0, "what HFU and MFU are shares of, per device (0: known, or measured by a matrix product)")
+    count_bytes: bool = _setting(False, "record the bytes that rank 0 moves in each step, by axis and collective (this slows it)")
     save_every: int = _setting(0, "steps between checkpoints (0: only at the end)")
     save_async: bool = _setting(True, "write checkpoints beside the training, from a copy of the state in host memory")
     keep: int = _setting(2, "checkpoints kept; older ones are deleted")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from pyalpaca.checkpoint import copy_tokenizer, open_checkpoint
 from pyalpaca.data import Data, batch
 from pyalpaca.files import atomic_file
-from pyalpaca.parallel import gather_objects, init_mesh
+from pyalpaca.parallel import Traffic, count_traffic, gather_objects, init_mesh
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.engine import Engine, open_engine
 from pyalpaca.train.evaluate import Best, best_of, evaluate, next_best
 from pyalpaca.train.faults import Guard, began_here
+from pyalpaca.train.fit import check_fits
 from pyalpaca.train.journal import Record, journal, keep_records, silent
 from pyalpaca.train.metrics import performance_table, rates, throughput
 from pyalpaca.train.peaks import memory_bytes, peak_tflops
@@ -49,6 +51,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(f"{run}: is the folder of the model itself; give another --output")
     if go_on:
         check_same_data(run, config, shares.fingerprint)
+    check_fits(config, reader.config, mesh)
     state = restore(run, setup, DTYPES[config.dtype]) if go_on else start(config, setup, reader)
     engine, state = open_engine(state, setup, lambda *given: train_step(*given))
     kept: list[Record] = []
@@ -108,7 +111,9 @@ def _step(state: TrainState, setup: Setup, engine: Engine, data: Data, peak: flo
     mine = slice(mesh.dp_rank * rows, (mesh.dp_rank + 1) * rows)
     found = batch(data, state.samples, config.global_batch_size, config.seed, config.seq_length, config.pad_to or "length", mine)
     tokens, labels = (x.to(mesh.device).unflatten(0, (-1, config.micro_batch_size)) for x in found)
-    state, metrics = engine.step(state, tokens, labels, setup)
+    counting: AbstractContextManager[Traffic] = count_traffic(mesh) if config.count_bytes else nullcontext({})
+    with counting as moved:
+        state, metrics = engine.step(state, tokens, labels, setup)
     seconds = time.perf_counter() - began
     record = {
         **dataclasses.asdict(metrics),
@@ -121,6 +126,7 @@ def _step(state: TrainState, setup: Setup, engine: Engine, data: Data, peak: flo
         "nan_steps": state.nan_steps,
         **rates(config, tokens.shape[-1], setup.model, seconds, mesh.world, peak),
         "memory_bytes": memory_bytes(mesh.device),
+        **{f"moved_{axis}_{collective}": count for (axis, collective), count in sorted(moved.items())},
     }
     return state, record
 

@@ -8,17 +8,8 @@ from typing import Any
 
 from pyalpaca.model import LlamaConfig, parameters
 from pyalpaca.parallel import Mesh
+from pyalpaca.plan import computed_twice, teraflops
 from pyalpaca.train.config import TrainConfig
-
-
-def teraflops(factor: float, batch: int, seq_length: int, model: LlamaConfig, seconds: float, devices: int) -> float:
-    """TFLOPs per device of one step (Narayanan et al. 2021, eq. 3), for a global batch.
-
-    factor: 3 for the model's own work (MFU), 4 where the forward pass is computed twice (full recomputation, HFU).
-    """
-    L, h, V = model.num_layers, model.hidden_size, model.vocab_size
-    work = 24 * factor * batch * seq_length * L * h**2 * (1 + seq_length / (6 * h) + V / (16 * L * h))
-    return work / (seconds * devices * 1e12)
 
 
 def rates(
@@ -30,8 +21,7 @@ def rates(
     work, of which mfu is.
     """
     batch = config.global_batch_size
-    # Full recomputation runs the forward pass of the layers it serves twice; selective repeats no matrix product.
-    twice = -(-model.num_layers // config.recompute_every) / model.num_layers if config.recompute == "full" else 0.0
+    twice = computed_twice(model.num_layers, config.recompute, config.recompute_every)
     tflops, model_tflops = (teraflops(factor, batch, seq_length, model, seconds, devices) for factor in (3 + twice, 3))
     return {
         "samples_per_second": batch / seconds,

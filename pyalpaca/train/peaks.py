@@ -7,19 +7,7 @@ from pathlib import Path
 
 import torch
 
-# Dense fp16 TFLOPs by what a device's name holds; Ascend: cores x 8192 x clock.
-_KNOWN = {
-    "910B1": 364.0,
-    "910B2": 354.0,
-    "910B3": 295.0,
-    "910B4": 246.0,
-    "A100": 312.0,
-}
-
-
-def known_peak(name: str) -> float | None:
-    """The published peak of a device by its name, TFLOPs in fp16; None if it is not in the table."""
-    return next((peak for key, peak in _KNOWN.items() if key in name.upper()), None)
+from pyalpaca.plan import known_tflops
 
 
 def peak_tflops(device: torch.device) -> float:
@@ -31,7 +19,7 @@ def peak_tflops(device: torch.device) -> float:
         name = torch_npu.npu.get_device_name(device)
     elif device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return known_peak(name) or _measured(device)
+    return known_tflops(name) or _measured(device)
 
 
 def _measured(device: torch.device) -> float:

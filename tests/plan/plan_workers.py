@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from memory_watch import MemoryWatch
 
 from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import LlamaConfig, flatten, forward, init, parameters, unflatten
-from pyalpaca.parallel import Traffic, count_traffic, init_mesh, sequence_parameters, tensor_axis
-from pyalpaca.plan import Job
+from pyalpaca.parallel import Traffic, count_traffic, init_mesh
 from pyalpaca.train import TrainConfig
 from pyalpaca.train.loop import plan, start
-from pyalpaca.train.prepare import words
 from pyalpaca.train.step import Setup, TrainState, train_step
 
 # Wide enough that tokens, and not what is constant, fill the memory; MANY_WORDS is almost only embedding and head.
@@ -28,28 +26,6 @@ class Observed:
 
     before: int
     peak: int
-
-
-def job(config: TrainConfig, model: LlamaConfig, dp: int = 1, sequence_parallel: bool = False) -> Job:
-    """The job of a run."""
-    return Job(
-        model,
-        tp=config.tp,
-        cp=config.cp,
-        pp=config.pp,
-        dp=dp,
-        micro_batch=config.micro_batch_size,
-        global_batch=config.global_batch_size,
-        seq=config.seq_length,
-        sequence_parallel=sequence_parallel,
-        dtype=config.dtype,
-        recompute=config.recompute,  # type: ignore[arg-type]
-        recompute_every=config.recompute_every,
-        zero=config.zero,
-        lora_r=config.lora_r,
-        lora_targets=words(config.lora_targets),
-        lora_full=words(config.lora_full),
-    )
 
 
 def begin(config: TrainConfig, model: LlamaConfig) -> tuple[TrainState, Setup, torch.Tensor]:
@@ -92,17 +68,14 @@ def kept(config: TrainConfig, model: LlamaConfig) -> int:
     return found
 
 
-def layout_step(config: TrainConfig, model: LlamaConfig, sequence_parallel: bool) -> tuple[Traffic, Observed]:
+def layout_step(config: TrainConfig, model: LlamaConfig) -> tuple[Traffic, Observed]:
     """What this rank of a layout moves in one step, and the memory that another one takes."""
     state, setup, tokens = begin(config, model)
-    if sequence_parallel:
-        table = {p.path: p for p in sequence_parameters(setup.table.values())}
-        setup = replace(setup, axis=tensor_axis(setup.mesh, model.vocab_size, sequence_parallel=True), table=table)
     with count_traffic(setup.mesh) as moved:
         state, _ = train_step(state, tokens, tokens.clone(), setup)
     return moved, watched_step(state, setup, tokens)
 
 
-def layout_steps(cases: Sequence[tuple[TrainConfig, LlamaConfig, bool]]) -> list[tuple[Traffic, Observed]]:
+def layout_steps(cases: Sequence[tuple[TrainConfig, LlamaConfig]]) -> list[tuple[Traffic, Observed]]:
     """The same for several layouts of as many processes, one after the other."""
     return [layout_step(*case) for case in cases]

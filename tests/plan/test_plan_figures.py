@@ -131,7 +131,7 @@ def test_a_search_finds_only_what_fits_the_fastest_first() -> None:
         ({"pp": 41}, "40 layers can't fill 41 pipeline stages"),
         ({"global_batch": 15}, "global batch 15 is not a multiple of micro batch 2 x data-parallel 1"),
         ({"zero": 2}, "ZeRO-2 is DeepSpeed's, which is data-parallel only; set tp, cp, pp to 1"),
-        ({"zero": 4}, "zero is 4, expected 0, 1, 2 or 3"),
+        ({"zero": 4}, "zero is 4, expected one of 0, 1, 2, 3"),
         ({"layers": (10, 20)}, "layers per stage 10,20 are 30 on 2 stages, expected 40 on 2"),
         ({"schedule": "interleaved"}, "interleaved wants 2 or more"),
         ({"tp": 1, "sequence_parallel": True}, "sequence parallelism cuts between tensor-parallel ranks, and tp is 1"),

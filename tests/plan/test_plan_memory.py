@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from plan_workers import MANY_WORDS, WIDE, job, kept, observe
+from plan_workers import MANY_WORDS, WIDE, kept, observe
 
 from pyalpaca.model import LlamaConfig
-from pyalpaca.plan import Job, make_plan
+from pyalpaca.plan import make_plan
 from pyalpaca.plan.devices import DEVICES
 from pyalpaca.plan.estimate import Plan
 from pyalpaca.train import TrainConfig
+from pyalpaca.train.fit import planned_job
 
 FULL = TrainConfig(micro_batch_size=2, global_batch_size=4, seq_length=192)
 LORA = replace(FULL, lora_r=8)
@@ -20,8 +21,8 @@ MODES = [("none", 1), ("selective", 1), ("full", 1), ("full", 2), ("selective", 
 modes = pytest.mark.parametrize(("recompute", "every"), MODES)
 
 
-def planned(job: Job) -> Plan:
-    return make_plan(job, DEVICES["ascend910b2"])
+def planned(config: TrainConfig, model: LlamaConfig) -> Plan:
+    return make_plan(planned_job(config, model, 1, 0), DEVICES["ascend910b2"])
 
 
 CASES = [
@@ -36,7 +37,7 @@ CASES += [
 
 @pytest.mark.parametrize(("model", "config"), CASES)
 def test_a_step_takes_the_memory_that_was_planned(model: LlamaConfig, config: TrainConfig) -> None:
-    found, memory = observe(config, model), planned(job(config, model)).stages[0].memory
+    found, memory = observe(config, model), planned(config, model).stages[0].memory
     assert memory.weights + memory.optimizer == pytest.approx(found.before, rel=0.01)
     assert memory.total == pytest.approx(found.peak, rel=0.05)
     # And of what only the step itself takes.
@@ -48,11 +49,11 @@ def test_a_step_takes_the_memory_that_was_planned(model: LlamaConfig, config: Tr
 @modes
 def test_activations_are_what_a_forward_pass_leaves_behind(config: TrainConfig, recompute: str, every: int) -> None:
     config = replace(config, recompute=recompute, recompute_every=every)
-    assert planned(job(config, WIDE)).stages[0].memory.activations == pytest.approx(kept(config, WIDE), rel=0.03)
+    assert planned(config, WIDE).stages[0].memory.activations == pytest.approx(kept(config, WIDE), rel=0.03)
 
 
 def test_more_recomputation_takes_less_memory_and_more_time() -> None:
-    plans = [planned(replace(job(FULL, WIDE), recompute=how, recompute_every=n)) for how, n in MODES[:3]]
+    plans = [planned(replace(FULL, recompute=how, recompute_every=n), WIDE) for how, n in MODES[:3]]
     activations = [plan.stages[0].memory.activations for plan in plans]
     assert activations == sorted(activations, reverse=True) and len(set(activations)) == 3
     assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from pyalpaca.model import LlamaConfig
-from pyalpaca.train.metrics import log_line, teraflops, throughput
+from pyalpaca.plan import teraflops
+from pyalpaca.train.metrics import log_line, throughput
 
 PUBLISHED = LlamaConfig(50048, 5120, 13824, 40, 40, 40, 128)
 RECORD = {

@@ -13,8 +13,9 @@ import pytest
 import torch
 from train_makers import records, settings
 
+from pyalpaca.plan import known_tflops
 from pyalpaca.train import TrainConfig, train
-from pyalpaca.train.peaks import known_peak, memory_bytes, peak_tflops
+from pyalpaca.train.peaks import memory_bytes, peak_tflops
 from pyalpaca.train.trackers import require_trackers
 
 STAND_IN = """
@@ -95,7 +96,7 @@ def test_utilisation_is_a_share_of_the_peak_that_is_given_known_or_measured(road
     train(settings(road, tmp_path / "run", steps=1, peak_tflops=2.0, recompute="full"))
     (record,) = records(tmp_path / "run")
     assert record["hfu"] == record["tflops"] / 2 and record["mfu"] == record["model_tflops"] / 2
-    assert [known_peak(name) for name in ("Ascend910B2", "Ascend 910b4", "NVIDIA A100-SXM4-80GB", "AMD EPYC")] == [
+    assert [known_tflops(name) for name in ("Ascend910B2", "Ascend 910b4", "NVIDIA A100-SXM4-80GB", "AMD EPYC")] == [
         *(354.0, 246.0, 312.0),
         None,
     ]

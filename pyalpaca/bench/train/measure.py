@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pyalpaca.bench.machine import limits, rounded
 from pyalpaca.bench.process import INTERVAL, own_bytes, status
 from pyalpaca.bench.train.cases import CONTESTANTS, REFERENCE, Scale, model_config
-from pyalpaca.train.metrics import teraflops
+from pyalpaca.plan import teraflops
 
 
 @dataclass
