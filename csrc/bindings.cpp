@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "cpu/bandwidth.h"
 #include "cpu/kernels.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -17,4 +18,16 @@ PYBIND11_MODULE(_C, m) {
             {"torch", TORCH_VERSION}, {"compiler", PYALPACA_COMPILER}, {"capability", pyalpaca::cpu::kernels().name}};
       },
       "What the module was built with, and the instruction set whose kernels run here.");
+  m.def(
+      "copy_memory",
+      [](uintptr_t from, uintptr_t to, int64_t bytes) {
+        pyalpaca::cpu::copy_memory(reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), bytes);
+      },
+      "Copy bytes from address to address on torch's threads, past the caches: the limit of a benchmark.");
+  m.def(
+      "read_memory",
+      [](uintptr_t from, int64_t bytes) {
+        return pyalpaca::cpu::read_memory(reinterpret_cast<const void*>(from), bytes);
+      },
+      "Read bytes at an address on torch's threads, the exclusive or of their words: the limit of a benchmark.");
 }

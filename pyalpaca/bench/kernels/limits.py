@@ -16,6 +16,7 @@ from pyalpaca.bench.kernels.device import Call, Device
 from pyalpaca.bench.kernels.operator import Work
 from pyalpaca.bench.kernels.timing import median_rate
 from pyalpaca.bench.machine import rounded
+from pyalpaca.ops import extension
 
 _MOSTLY_READ = 0.1
 """Who writes less than this share of what is read is held to the rate of reading, everyone else to that of copying."""
@@ -76,11 +77,10 @@ def _product(a: Tensor, out: Tensor) -> Call:
 
 def _buffer(count: int, device: str) -> Tensor:
     """Bytes of memory in use, as fp32: every page is there, and where the system grants them they are huge ones."""
-    if device != "cpu":
+    if device != "cpu" or sys.platform != "linux":
         return torch.ones(count // 4, device=device)
-    memory = mmap.mmap(-1, count)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
 
 
@@ -91,7 +91,12 @@ def _memory_ways(a: Tensor, b: Tensor) -> Iterator[tuple[str, int, Call]]:
     yield "copy/torch.add", 2 * count, lambda: torch.add(a, 1.0, out=b)
     yield "read/torch.amax", count, lambda: a.amax()
     yield "read/torch.dot", 2 * count, lambda: torch.dot(a, b)
-    if a.device.type == "cpu" and sys.platform == "linux":
+    if a.device.type != "cpu":
+        return
+    ours = extension.module()
+    yield "copy/streamed", 2 * count, lambda: ours.copy_memory(a.data_ptr(), b.data_ptr(), count)
+    yield "read/streamed", count, lambda: ours.read_memory(a.data_ptr(), count)
+    if sys.platform == "linux":
         libc, threads = ctypes.CDLL(None), torch.get_num_threads()
         part = count // threads // 64 * 64
         starts = [i * part for i in range(threads)]
