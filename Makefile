@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all that a newcomer needs: both make .venv once and use it again.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := constraints.txt pyproject.toml setup.py setup_npu.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: help setup demo test test-all lint format check-vectors check-ascend clean
@@ -13,7 +13,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format; changes nothing"
 	@echo "make format    bring every file into the house's form"
 	@echo "make check-vectors VECTORS=FILE  replay recorded Ascend C calls on the emulation"
-	@echo "make check-ascend  compile the NPU's host code against torch_npu's headers (downloaded once), run the kernels' tests"
+	@echo "make check-ascend  compile the NPU's host code against torch_npu's headers (downloaded once), install for a simulated NPU"
 	@echo "make clean     remove the environment and all that was built"
 
 setup: .venv/.ready
@@ -49,7 +49,7 @@ check-vectors: setup
 
 check-ascend: setup
 	$(BIN)/python tests/ascend/check_headers.py
-	$(BIN)/python -m pytest tests/ascend
+	$(BIN)/python -m pytest tests/ascend/test_npu_build.py
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -57,4 +57,4 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf .venv build dist *.egg-info pyalpaca/_C*.so pyalpaca/_C.build.json
+	rm -rf .venv build dist *.egg-info pyalpaca/_C*.so pyalpaca/libpyalpaca_npu_kernels.so pyalpaca/_C*.build.json

@@ -1,5 +1,7 @@
 """Builds the extension pyalpaca._C: CMakeLists.txt driven with ninja and pybind11, against the torch it will run with.
 
+Where CANN's toolkit is, pyalpaca._C_npu is built too (setup_npu.py).
+
 pip builds in an isolated environment by default, with its own packages. A torch installed there, of another version than the
 one beside which pyalpaca will live, would give an extension that does not load. So torch is looked for where pyalpaca is going
 to be installed, isolated or not; only if there is none does an isolated build ask for one (setup_requires).
@@ -26,6 +28,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
+
+import setup_npu  # noqa: E402
+
 OLDEST_TORCH = (2, 10)  # has the stable C interface to its thread pool that csrc/cpu/threads.cpp calls
 TESTED_TORCH = "torch==2.13.0"
 OLDEST_SETUPTOOLS = 77  # knows licences by name
@@ -73,12 +79,16 @@ def check_setuptools(version: str) -> None:
         )
 
 
+def package_folders(package: str) -> list[Path]:
+    """Where to look for a package: where pyalpaca will be installed, then the build environment."""
+    spec = find_spec(package)
+    folders = [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")), *map(Path, site.getsitepackages())]
+    return folders + ([Path(spec.origin).parents[1]] if spec and spec.origin else [])
+
+
 def find_torch() -> Torch | None:
     """The torch beside which pyalpaca will be installed, else one of the build environment, else None."""
-    spec = find_spec("torch")
-    folders = [Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib")), *map(Path, site.getsitepackages())]
-    candidates = [folder / "torch" for folder in folders] + ([Path(spec.origin).parent] if spec and spec.origin else [])
-    for candidate in candidates:
+    for candidate in (folder / "torch" for folder in package_folders("torch")):
         version = candidate / "version.py"
         if version.exists():
             found = re.search(r"^__version__ = ['\"]([^'\"]+)", version.read_text(), re.MULTILINE)
@@ -155,21 +165,19 @@ def tool(name: str) -> str:
     return shutil.which(name) or name
 
 
-def forget_other_source(build: Path) -> None:
-    """Remove the folder `build` if it was configured for a source folder that has moved since: CMake refuses such a one."""
+def forget_other_source(build: Path, source: Path) -> None:
+    """Remove the folder `build` if it was configured for another source folder, as after a move: CMake refuses such a one."""
     cache = build / "CMakeCache.txt"
-    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={source}\n" not in cache.read_text():
         shutil.rmtree(build)
 
 
-def compile_extension(torch: Torch, compiler: list[str], build: Path) -> Path:
-    """Run CMake and ninja in the folder `build`; the extension's file. One message if either fails."""
+def cmake_options(torch: Torch, compiler: list[str]) -> dict[str, str]:
+    """What both extensions want to know."""
     import pybind11
 
-    forget_other_source(build)
     options = {
         "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_MAKE_PROGRAM": tool("ninja"),
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "PYALPACA_TORCH_INCLUDE": ";".join(str(folder) for folder in torch.include),
@@ -178,6 +186,13 @@ def compile_extension(torch: Torch, compiler: list[str], build: Path) -> Path:
     }
     if "CXX" not in os.environ:
         options["CMAKE_CXX_COMPILER"] = shutil.which(compiler[0]) or compiler[0]
+    return options
+
+
+def compile_extension(torch: Torch, compiler: list[str], build: Path) -> Path:
+    """Run CMake and ninja in the folder `build`; the extension's file. One message if either fails."""
+    forget_other_source(build, ROOT)
+    options = cmake_options(torch, compiler) | {"CMAKE_MAKE_PROGRAM": tool("ninja")}
     configure = [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items())]
     for command in (configure, [tool("cmake"), "--build", str(build)]):
         if subprocess.run(command, check=False).returncode != 0:
@@ -199,27 +214,59 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         check_tools()
         torch, compiler = check_torch(find_torch()), find_compiler()
-        built = compile_extension(torch, compiler, Path(self.build_temp).absolute() / f"torch-{torch.version}")
-        replace(built, Path(self.build_lib) / "pyalpaca" / built.name)
         version = subprocess.run([*compiler, "--version"], check=False, capture_output=True, text=True).stdout.splitlines()
         info = {"torch": torch.version, "compiler": version[0] if version else compiler[0]}
-        (Path(self.build_lib) / "pyalpaca" / BUILD_INFO).write_text(json.dumps(info) + "\n", encoding="utf-8")
+        build = Path(self.build_temp).absolute()
+        asked = setup_npu.toolkit_asked()
+        if asked is not None and ext.name == "pyalpaca._C_npu":
+            toolkit = setup_npu.find_toolkit(asked)
+            torch_npu = setup_npu.find_torch_npu(package_folders("torch_npu"), torch.version)
+            torch_npu = setup_npu.check_torch_npu(torch_npu, torch.version)
+            source, build = ROOT / "csrc/ascend", build / f"npu-{torch.version}-{toolkit.soc}"
+            forget_other_source(build, source)
+            options = cmake_options(torch, compiler)
+            built = setup_npu.compile_npu(source, build, toolkit, torch_npu, options, tool("cmake"))
+            info |= {"torch_npu": torch_npu.version, "soc": toolkit.soc, "toolkit": str(asked.resolve())}
+            self.install(built, setup_npu.BUILD_INFO, info)
+        else:
+            self.install([compile_extension(torch, compiler, build / f"torch-{torch.version}")], BUILD_INFO, info)
+
+    def install(self, files: list[Path], name: str, info: dict[str, str]) -> None:
+        folder = Path(self.build_lib) / "pyalpaca"
+        for file in files:
+            replace(file, folder / file.name)
+        (folder / name).write_text(json.dumps(info) + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
         for file in self.get_outputs():
             replace(Path(file), ROOT / "pyalpaca" / Path(file).name)
 
     def get_outputs(self) -> list[str]:
-        extension = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
-        return [str(Path(self.build_lib) / "pyalpaca" / name) for name in (extension, BUILD_INFO)]
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        names = [f"_C{suffix}", BUILD_INFO]
+        if setup_npu.toolkit_asked() is not None:
+            names += [f"_C_npu{suffix}", setup_npu.KERNELS, setup_npu.BUILD_INFO]
+        return [str(Path(self.build_lib) / "pyalpaca" / name) for name in names]
+
+
+def requirements_of_the_build(torch: Torch | None) -> list[str]:
+    """What an isolated build has to bring, because it is not where pyalpaca will be installed."""
+    absent = [] if torch else [TESTED_TORCH]
+    if setup_npu.toolkit_asked() is not None:
+        version = torch.version if torch else TESTED_TORCH.partition("==")[2]
+        if setup_npu.find_torch_npu(package_folders("torch_npu"), version) is None:
+            major, minor = version.split(".")[:2]
+            absent.append(f"torch_npu=={major}.{minor}.*")
+    return absent
 
 
 if __name__ == "__main__":
     check_setuptools(setuptools.__version__)
     torch = find_torch()
+    extensions = [*(["pyalpaca._C_npu"] if setup_npu.toolkit_asked() is not None else []), "pyalpaca._C"]
     setup(
-        ext_modules=[Extension("pyalpaca._C", sources=[])],
+        ext_modules=[Extension(name, sources=[]) for name in extensions],
         cmdclass={"build_ext": CMakeBuild},
-        setup_requires=[] if torch else [TESTED_TORCH],
+        setup_requires=requirements_of_the_build(torch),
         install_requires=[torch_requirement(torch and check_torch(torch)), *DEPENDENCIES],
     )

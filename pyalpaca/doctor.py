@@ -51,6 +51,16 @@ def _npu() -> str:
         return f"CANN in {toolkit}, but torch_npu can't be loaded: {error}"
 
 
+def _npu_kernels() -> str:
+    from pyalpaca.ops import npu_kernels
+
+    info, problem = npu_kernels()
+    if info is None:
+        return problem or "loaded"
+    built = f"for {info['soc']}, built with torch_npu {info['torch_npu']} and CANN in {info['toolkit']}"
+    return f"{built}; but {problem}" if problem else built
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; exit status 1 if an operator has no backend at all."""
     argparse.ArgumentParser(prog="pyalpaca doctor", description=__doc__).parse_args(argv)
@@ -66,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("torch kernels", torch.backends.cpu.get_cpu_capability()),
         ("CUDA", f"{torch.cuda.device_count()} devices" if torch.cuda.is_available() else "none"),
         ("NPU", _npu()),
+        ("NPU kernels", _npu_kernels()),
         ("C++ compiler", _first_line([os.environ.get("CXX", "c++"), "--version"])),
         ("cmake", _first_line(["cmake", "--version"])),
         ("ninja", _first_line(["ninja", "--version"])),

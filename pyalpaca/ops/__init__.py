@@ -6,6 +6,7 @@ PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")` choose by
 serves which operator, and why.
 """
 
+from pyalpaca.ops.ascend import npu_kernels
 from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report
 from pyalpaca.ops.operators import flash_attention, flash_attention_backward, flash_attention_lse, lora_merge, rms_norm, rope
 
@@ -18,6 +19,7 @@ __all__ = [
     "flash_attention_backward",
     "flash_attention_lse",
     "lora_merge",
+    "npu_kernels",
     "rms_norm",
     "rope",
 ]

@@ -46,7 +46,7 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """Who serves an operator for fp32 tensors on this machine's best device, and why."""
+    """Who serves an operator on this machine's best device (fp32; on an NPU fp16, in which it computes), and why."""
 
     operator: str
     backend: str
@@ -98,13 +98,13 @@ def backend_report() -> list[OperatorReport]:
     device = torch.device("npu") if npu.problem() is None else torch.device("cpu")
     name = asked()
     candidate = _preferred(device, torch.float32) if name == "auto" else name
-    x = torch.empty(1, 1, 1, 128, device=device)
+    x = torch.empty(1, 1, 1, 128, device=device, dtype=torch.float16 if device.type == "npu" else torch.float32)
     rows = []
     for operator in OPERATORS:
         refusal = _MODULES[candidate].refusal(operator, x)
         if refusal is None:
             why = "the automatic choice" if name == "auto" else "asked for by name"
-            rows.append(OperatorReport(operator, candidate, f"{why}, {_description(candidate)}"))
+            rows.append(OperatorReport(operator, candidate, f"{why}, {_description(candidate, operator, x)}"))
         elif name == "auto":
             rows.append(OperatorReport(operator, "reference", f"fallback, because {refusal}"))
         else:
@@ -119,11 +119,11 @@ def _preferred(device: torch.device, dtype: torch.dtype) -> str:
     return "cpp" if device.type in ("cpu", "meta") and dtype != torch.float64 else "reference"
 
 
-def _description(name: str) -> str:
+def _description(name: str, operator: str, x: Tensor) -> str:
     if name == "cpp":
         info = extension.module().info()
         return f"C++ kernels for {info['capability']}, built with torch {info['torch']}"
-    return "torch_npu's operators" if name == "npu" else "plain torch"
+    return npu.description(operator, x) if name == "npu" else "plain torch"
 
 
 def _check(name: str, where: str) -> None:

@@ -1,4 +1,7 @@
-"""The operators on an Ascend NPU, through torch_npu's own fused operators and their gradients."""
+"""The operators on an Ascend NPU: our own kernel (ascend.py) where there is one, else torch_npu's fused operator.
+
+An operator that neither has is refused, so that the choice among backends falls to the reference and says so.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyalpaca.ops import reference
+from pyalpaca.ops import ascend, cpp, reference
+
+# What of torch_npu serves an operator.
+_TORCH_NPU = {"rms_norm": "npu_rms_norm", "rope": "npu_rotary_mul", "flash_attention": "npu_fusion_attention"}
 
 
 @functools.cache
@@ -31,17 +37,41 @@ def refusal(operator: str, x: Tensor) -> str | None:
         return trouble
     if x.device.type != "npu":
         return f"the tensors are on {x.device.type}, expected npu"
+    return None if ascend.refusal(operator, x) is None else _torch_npu_refusal(operator, x)
+
+
+def _torch_npu_refusal(operator: str, x: Tensor) -> str | None:
+    """Why torch_npu's own operator can't serve."""
+    name = _TORCH_NPU.get(operator)
+    if name is not None and not hasattr(_torch_npu(), name):
+        return f"torch_npu {getattr(_torch_npu(), '__version__', '')} has no {name}"
     if operator == "flash_attention" and x.dtype not in (torch.float16, torch.bfloat16):
         return f"the tensors are {x.dtype}, torch_npu's attention takes float16 and bfloat16"
     return None
 
 
+def description(operator: str, x: Tensor) -> str:
+    """Which of the two serves `operator` on tensors like `x`, and why; only for what is not refused."""
+    why = ascend.refusal(operator, x)
+    if why is None:
+        info = ascend.build_info() or {}
+        return f"our kernel for {info.get('soc', 'this NPU')}, built with torch_npu {info.get('torch_npu', '')}"
+    if operator not in _TORCH_NPU:
+        return "plain torch on the NPU"
+    return f"torch_npu's {_TORCH_NPU[operator]}, because {why}"
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if ascend.refusal("rms_norm", x) is None:
+        return cpp.rms_norm(x, weight, eps)
     y: Tensor = _torch_npu().npu_rms_norm(x, weight.to(x.dtype), epsilon=eps)[0]
     return y
 
 
 def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if ascend.refusal("rope", x_BSHd) is None:
+        return cpp.rope(x_BSHd, cos, sin)
+
     def whole(angle: Tensor) -> Tensor:
         doubled = torch.cat((angle, angle), dim=-1).unsqueeze(-2).to(x_BSHd.dtype)
         return doubled if doubled.dim() == 4 else doubled[None]
@@ -57,6 +87,8 @@ def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) 
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if ascend.refusal("flash_attention", q_BSHd) is None:
+        return cpp.flash_attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
     num_queries, num_keys = q_BSHd.shape[1], k_BTKd.shape[1]
     if num_keys == 0 or (causal and q_offset < 0):  # rows that see no key: torch_npu gives them the mean of all values
         return reference.flash_attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +42,17 @@ def npu_headers() -> Path:
 def main() -> int:
     npu, torch_include = npu_headers(), Path(torch.__file__).parent / "include"
     system = [npu, npu / "third_party/acl/inc", torch_include, torch_include / "torch/csrc/api/include"]
+    system += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{ROOT}/csrc"]
+    flags += ['-DPYALPACA_SOC=""', '-DPYALPACA_TORCH_NPU_VERSION=""']
     flags += [part for folder in system for part in ("-isystem", str(folder))]
     sources = sorted((ROOT / "csrc/ascend/launch").glob("*.cpp"))
-    for source in sources:
-        if subprocess.run(["nice", "-n", "5", "g++", *flags, str(source)], check=False).returncode != 0:
+
+    def status(source: Path) -> int:
+        return subprocess.run(["nice", "-n", "5", "g++", *flags, str(source)], check=False).returncode
+
+    with ThreadPoolExecutor(2) as pool:
+        if any(pool.map(status, sources)):
             return 1
     print(f"{len(sources)} files compile against torch_npu {VERSION} and torch {torch.__version__}")
     return 0

@@ -1,8 +1,9 @@
-"""The NPU backend gives torch_npu what its operators want; a stand-in with their documented meaning computes on CPU."""
+"""The NPU backend prefers our kernels and else gives torch_npu what its operators want; stand-ins compute on CPU."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from ops_cases import random
 from torch import Tensor
 
-from pyalpaca.ops import npu, reference
+from pyalpaca.ops import ascend, npu, npu_kernels, reference
 
 
 def npu_rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -131,3 +132,49 @@ def test_half_types_only_for_attention() -> None:
         assert npu.refusal("flash_attention", torch.empty(1, 1, 1, 64, device="npu")) is not None
     else:
         assert "torch_npu" in str(npu.refusal("flash_attention", torch.empty(1, 1, 1, 64)))
+
+
+def test_our_kernel_comes_first_then_torch_npu_s_then_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = random(3, 16), random(16)
+    calls: list[str] = []
+    monkeypatch.setattr(npu.cpp, "rms_norm", lambda x, weight, eps: calls.append("ours") or x)
+    monkeypatch.setattr(npu, "problem", lambda: None)
+    monkeypatch.setattr(ascend, "refusal", lambda operator, x: None)
+    monkeypatch.setattr(ascend, "build_info", lambda: {"soc": "ascend910b2", "torch_npu": "2.13.0"})
+    assert npu.rms_norm(x, weight, 1e-5) is x and calls == ["ours"]
+    assert npu.description("rms_norm", x) == "our kernel for ascend910b2, built with torch_npu 2.13.0"
+    monkeypatch.setattr(ascend, "refusal", lambda operator, x: "they were not built")
+    torch.testing.assert_close(npu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert calls == ["ours"]
+    assert npu.description("rms_norm", x) == "torch_npu's npu_rms_norm, because they were not built"
+    on_npu: Any = SimpleNamespace(device=SimpleNamespace(type="npu"), dtype=torch.float16)
+    assert npu.refusal("rms_norm", on_npu) is None
+    monkeypatch.setattr(npu, "_torch_npu", lambda: SimpleNamespace(__version__="2.1.0"))
+    assert npu.refusal("rms_norm", on_npu) == "torch_npu 2.1.0 has no npu_rms_norm"
+
+
+def test_what_our_kernels_do_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascend, "problem", lambda: None)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != "pyalpaca::lora_merge")
+    cases = [
+        ("rms_norm", (2, 8192), torch.float32, None),
+        ("rms_norm", (2, 8193), torch.float32, "rows are 8193 long, our kernel takes up to 8192"),
+        ("rms_norm", (2, 64), torch.float64, "the tensors are torch.float64, our kernel takes float16, bfloat16, float32"),
+        ("rope", (1, 2, 3, 128), torch.bfloat16, None),
+        ("rope", (1, 2, 3, 72), torch.bfloat16, "head_dim is 72, our kernel takes multiples of 16 up to 128"),
+        ("flash_attention", (1, 2, 3, 128), torch.float16, None),
+        ("flash_attention", (1, 2, 3, 96), torch.float16, "head_dim is 96, our kernel takes 64 and 128"),
+        ("flash_attention", (1, 2, 3, 64), torch.float32, "the tensors are torch.float32, our kernel takes float16, bfloat16"),
+        ("lora_merge", (2, 2), torch.float32, "there is no kernel of ours for it"),
+    ]
+    for operator, shape, dtype, expected in cases:
+        assert ascend.refusal(operator, torch.empty(shape, dtype=dtype)) == expected
+
+
+def test_kernels_that_were_not_built_or_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascend, "problem", ascend.problem.__wrapped__)
+    monkeypatch.setattr(ascend, "_BUILD_INFO", tmp_path / "info.json")
+    assert npu_kernels()[0] is None and "our kernels were not built; install pyalpaca again" in str(npu_kernels()[1])
+    (tmp_path / "info.json").write_text('{"torch": "2.5.1", "soc": "ascend910b1"}')
+    monkeypatch.setattr(ascend.importlib.util, "find_spec", lambda name: object())
+    assert f"built with torch 2.5.1, but torch {torch.__version__} is installed" in str(npu_kernels()[1])
