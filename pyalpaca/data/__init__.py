@@ -20,6 +20,9 @@ from pyalpaca.data.loader import split_instruction_data as split_instruction_dat
 from pyalpaca.data.loader import split_text_data as split_text_data
 from pyalpaca.data.merge_tokenizers import merge_tokenizers as merge_tokenizers
 from pyalpaca.data.merge_tokenizers import write_tokenizer_folder as write_tokenizer_folder
+from pyalpaca.data.packing import PackedData as PackedData
+from pyalpaca.data.packing import batch_starts as batch_starts
+from pyalpaca.data.packing import pack as pack
 from pyalpaca.data.preprocess import Job as Job
 from pyalpaca.data.preprocess import Summary as Summary
 from pyalpaca.data.preprocess import preprocess as preprocess

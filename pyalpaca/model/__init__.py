@@ -6,6 +6,7 @@ from pyalpaca.model.dropout import Dropout
 from pyalpaca.model.llama import LayerCache, forward
 from pyalpaca.model.params import Tree, flatten, init, initial, load, tree_map, unflatten, whole_slice
 from pyalpaca.model.recompute import Recompute
+from pyalpaca.model.segments import Starts, attend_apart
 from pyalpaca.model.sharding import (
     Parameter,
     chunk_parameters,
@@ -26,7 +27,9 @@ __all__ = [
     "LlamaConfig",
     "Parameter",
     "Recompute",
+    "Starts",
     "Tree",
+    "attend_apart",
     "chunk_parameters",
     "config_from_hf",
     "config_from_meta",

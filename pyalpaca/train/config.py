@@ -46,6 +46,7 @@ class TrainConfig:
     global_batch_size: int = _setting(16, "samples in one step, over all devices and accumulated micro-batches")
     seq_length: int = _setting(512, "longest sample in tokens; longer ones are cut")
     pad_to: int = _setting(0, "pad to a multiple of this many tokens instead of to seq_length (0: to seq_length)")
+    pack: bool = _setting(False, "put short samples together in rows of seq_length, attention apart; a batch then counts rows")
     split: str = _setting("1,0,0", "shares of the data for training, validation, test")
 
     steps: int = _setting(100, "optimizer steps")
@@ -113,6 +114,10 @@ class TrainConfig:
         if self.zero > 1:
             raise ValueError(f"zero is {self.zero}, expected 0 or 1; ZeRO-2 and ZeRO-3 are DeepSpeed's, give --engine deepspeed")
         self._check_pipeline()
+        if self.pack and self.data_type == "text":
+            raise ValueError("pack is for short samples, and data_type text is cut to full ones; leave pack out")
+        if self.pack and self.cp > 1:
+            raise ValueError(f"pack keeps samples apart on one process, and cp {self.cp} cuts them up; give one of them")
         for name in ("beta1", "beta2", "lora_dropout"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected less than 1")

@@ -20,13 +20,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyalpaca.model import ONE_DEVICE, Dropout, Recompute, Tree, flatten, forward, unflatten
+from pyalpaca.model import ONE_DEVICE, Axis, Dropout, Recompute, Starts, Tree, flatten, forward, unflatten
 from pyalpaca.parallel import all_reduce
 from pyalpaca.train.deepspeed_config import deepspeed_config
 from pyalpaca.train.engine import Engine
 from pyalpaca.train.optimizer import OptimizerState, decays
 from pyalpaca.train.schedule import learning_rate
-from pyalpaca.train.step import Metrics, Setup, TrainState, advance, judge, label_count, sample_numbers
+from pyalpaca.train.step import Metrics, Setup, TrainState, advance, axis_of, judge, label_count, sample_numbers
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,10 +46,10 @@ class _Part(nn.Module):
         tree = unflatten({name.replace("/", "."): p for name, p in self.named_parameters()})
         return {"layers": {}, **tree}
 
-    def forward(self, x: Tensor, dropout: Dropout | None) -> Tensor:
+    def forward(self, x: Tensor, dropout: Dropout | None, axis: Axis) -> Tensor:
         config = self._setup.config
         how, every = cast(Recompute, config.recompute), config.recompute_every
-        return forward(self.tree(), x, self._setup.model, recompute=how, recompute_every=every, dropout=dropout)
+        return forward(self.tree(), x, self._setup.model, axis, recompute=how, recompute_every=every, dropout=dropout)
 
 
 class _Model(nn.Module):
@@ -61,11 +61,11 @@ class _Model(nn.Module):
         trees = [{"embed": params["embed"]}, *layers, {"norm": params["norm"], "head": params["head"]}]
         self.parts = nn.ModuleList(_Part(tree, setup) for tree in trees)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, dropout: Dropout | None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, dropout: Dropout | None, axis: Axis) -> Tensor:
         """The sum of the losses of all labels."""
         x = tokens_BS
         for part in self.parts:
-            x = part(x, dropout)
+            x = part(x, dropout, axis)
         return ONE_DEVICE.cross_entropy(x, labels_BS).sum()
 
     def leaves(self) -> dict[str, nn.Parameter]:
@@ -134,7 +134,9 @@ class _Zero:
         self._sharded = engine.zero_optimization_stage() == 3
         engine.optimizer.check_grad_overflow = True  # in every dtype: what is not finite must not reach the weights
 
-    def step(self, state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup: Setup) -> tuple[TrainState, Metrics]:
+    def step(
+        self, state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup: Setup, starts: Starts | None = None
+    ) -> tuple[TrainState, Metrics]:
         """As `train_step`, on the weights that DeepSpeed holds."""
         config, mesh, engine = setup.config, setup.mesh, self._engine
         scale, lr = state.loss_scale.value, learning_rate(state.updates + 1, config)
@@ -144,9 +146,11 @@ class _Zero:
         count = label_count(labels_NBS, mesh)
         numbers_NB = sample_numbers(tokens_NBS, state.samples, mesh)
         total = torch.zeros((), device=mesh.device)
-        for tokens, labels, numbers in zip(tokens_NBS, labels_NBS, numbers_NB, strict=True):
+        rows = tokens_NBS.shape[1]
+        for i, (tokens, labels, numbers) in enumerate(zip(tokens_NBS, labels_NBS, numbers_NB, strict=True)):
             dropout = Dropout(config.lora_dropout, config.seed, numbers) if config.lora_dropout else None
-            loss = engine(tokens, labels, dropout) / count
+            axis = axis_of(ONE_DEVICE, starts and starts[i * rows : (i + 1) * rows])
+            loss = engine(tokens, labels, dropout, axis) / count
             total += loss.detach()
             # DeepSpeed takes the mean over ranks of gradients that are already shares of the mean over all labels.
             engine.backward(loss * mesh.dp, scale_wrt_gas=False)

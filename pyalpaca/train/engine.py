@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyalpaca.model import Tree
+from pyalpaca.model import Starts, Tree
 from pyalpaca.train.step import Metrics, Setup, TrainState, train_step
 
-Step = Callable[[TrainState, Tensor, Tensor, Setup], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Tensor, Tensor, Setup, Starts | None], tuple[TrainState, Metrics]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyalpaca.checkpoint import copy_tokenizer, open_checkpoint
-from pyalpaca.data import Data, batch
+from pyalpaca.data import Data, PackedData, batch, batch_starts
 from pyalpaca.files import atomic_file
 from pyalpaca.parallel import Traffic, count_traffic, gather_objects, init_mesh
 from pyalpaca.train.config import TrainConfig
@@ -111,9 +111,12 @@ def _step(state: TrainState, setup: Setup, engine: Engine, data: Data, peak: flo
     mine = slice(mesh.dp_rank * rows, (mesh.dp_rank + 1) * rows)
     found = batch(data, state.samples, config.global_batch_size, config.seed, config.seq_length, config.pad_to or "length", mine)
     tokens, labels = (x.to(mesh.device).unflatten(0, (-1, config.micro_batch_size)) for x in found)
+    starts = None
+    if isinstance(data, PackedData):
+        starts = batch_starts(data, state.samples, config.global_batch_size, config.seed, mine)
     counting: AbstractContextManager[Traffic] = count_traffic(mesh) if config.count_bytes else nullcontext({})
     with counting as moved:
-        state, metrics = engine.step(state, tokens, labels, setup)
+        state, metrics = engine.step(state, tokens, labels, setup, starts)
     seconds = time.perf_counter() - began
     record = {
         **dataclasses.asdict(metrics),

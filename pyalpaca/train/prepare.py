@@ -20,6 +20,7 @@ from pyalpaca.data import (
     fingerprint,
     open_instruction_data,
     open_text_data,
+    pack,
     split_instruction_data,
     split_text_data,
 )
@@ -42,7 +43,7 @@ from pyalpaca.train.schedule import LossScale
 from pyalpaca.train.step import Setup, TrainState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DATA_SETTINGS = ("data_type", "split", "seed", "seq_length", "global_batch_size")
+_DATA_SETTINGS = ("data_type", "split", "pack", "seed", "seq_length", "global_batch_size")
 
 
 class Shares(NamedTuple):
@@ -85,6 +86,8 @@ def open_data(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Shares:
         )
     if isinstance(train, InstructionData):
         _check_answers(train, config, mesh)
+        if config.pack:
+            train = pack(train, config.seq_length)
     return Shares(train, valid, test, fingerprint(whole))
 
 

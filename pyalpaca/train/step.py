@@ -12,7 +12,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pyalpaca.model import Axis, Dropout, LlamaConfig, Parameter, Recompute, Tree, flatten, forward, unflatten
+from pyalpaca.model import (
+    Axis,
+    Dropout,
+    LlamaConfig,
+    Parameter,
+    Recompute,
+    Starts,
+    Tree,
+    attend_apart,
+    flatten,
+    forward,
+    unflatten,
+)
 from pyalpaca.parallel import Deferred, Mesh, all_reduce, all_reduce_buckets, context_share, pipeline_schedule, run_pipeline
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.finite import first_bad
@@ -82,6 +94,11 @@ def sample_numbers(tokens_NBS: Tensor, seen: int, mesh: Mesh) -> Tensor:
     return torch.arange(first, first + rows, device=mesh.device).view(tokens_NBS.shape[:2])
 
 
+def axis_of(axis: Axis, starts: Starts | None) -> Axis:
+    """The axis for rows in which packed samples begin there, if they are packed."""
+    return replace(axis, attend=attend_apart(starts)) if starts else axis
+
+
 def judge(state: TrainState, loss: float, norm: float, setup: Setup, bad: Callable[[], str]) -> tuple[bool, bool]:
     """(whether the step counts, whether it is an fp16 overflow that a smaller loss scale may mend).
 
@@ -114,13 +131,20 @@ def advance(state: TrainState, finite: bool, overflow: bool, config: TrainConfig
 
 
 def gradients(
-    params: Tree, tokens_NBS: Tensor, labels_NBS: Tensor, scale: float, setup: Setup, seen: int = 0
+    params: Tree,
+    tokens_NBS: Tensor,
+    labels_NBS: Tensor,
+    scale: float,
+    setup: Setup,
+    seen: int = 0,
+    starts: Starts | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients (fp32, by path, summed over the global batch) of scale x the token-mean loss; and that loss, unscaled.
 
     With ZeRO-1 the gradients are of the rows that this rank updates.
     tokens, labels: this data-parallel rank's N micro-batches, (N, B, S); labels are shifted, -100 where no loss is taken.
     seen: samples that the run has seen before these, which dropout depends on.
+    starts: of each of the N x B rows, where packed samples begin in it.
     """
     config, mesh = setup.config, setup.mesh
     leaves = {path: p.detach().requires_grad_(path in setup.trainable) for path, p in flatten(params).items()}
@@ -128,12 +152,14 @@ def gradients(
     tokens_NBS, labels_NBS, positions = context_share(tokens_NBS, labels_NBS, mesh, setup.axis)
     count = label_count(labels_NBS, mesh)
 
+    rows = tokens_NBS.shape[1]
+
     def forward_chunk(tree: Tree, i: int, x: Tensor | None) -> Tensor:
         y = forward(
             tree,
             tokens_NBS[i] if x is None else x,
             setup.model,
-            setup.axis,
+            axis_of(setup.axis, starts and starts[i * rows : (i + 1) * rows]),
             recompute=cast(Recompute, config.recompute),
             recompute_every=config.recompute_every,
             dropout=Dropout(rate, config.seed, numbers_NB[i], positions) if rate else None,
@@ -160,15 +186,19 @@ def gradients(
     return grads, all_reduce(all_reduce(loss, mesh.replica_group), mesh.pp_group)
 
 
-def train_step(state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup: Setup) -> tuple[TrainState, Metrics]:
+def train_step(
+    state: TrainState, tokens_NBS: Tensor, labels_NBS: Tensor, setup: Setup, starts: Starts | None = None
+) -> tuple[TrainState, Metrics]:
     """One optimizer step on this rank's micro-batches; weights and moments are updated in place and handed on.
+
+    starts: of each of the N x B rows, where packed samples begin in it.
 
     FloatingPointError, the same on every rank, for a loss or gradient that is not finite, unless it is an fp16 overflow or
     `on_nan` says skip: rank 0 then warns on stderr.
     """
     config, mesh = setup.config, setup.mesh
     sharded, scale = zero_ranks(mesh, config) > 1, state.loss_scale.value
-    grads, loss = gradients(state.params, tokens_NBS, labels_NBS, scale, setup, state.samples)
+    grads, loss = gradients(state.params, tokens_NBS, labels_NBS, scale, setup, state.samples, starts)
     torch._foreach_div_(list(grads.values()), scale)
     norm = gradient_norm(grads, setup.table, mesh, zero=sharded)
     finite, overflow = judge(state, loss.item(), norm.item(), setup, lambda: first_bad(state.params, grads, setup.table))

@@ -133,8 +133,8 @@ def disagree(road: Path, folder: Path) -> str:
     """One of two data-parallel ranks loses an update, as a device that miscalculates would do; what each rank says."""
     step = loop.train_step
 
-    def faulty(state: Any, tokens: Any, labels: Any, setup: Any) -> Any:
-        new, metrics = step(state, tokens, labels, setup)
+    def faulty(state: Any, tokens: Any, labels: Any, setup: Any, starts: Any) -> Any:
+        new, metrics = step(state, tokens, labels, setup, starts)
         return (replace(new, updates=new.updates - 1) if setup.mesh.rank == 1 and new.step == 2 else new), metrics
 
     with pytest.MonkeyPatch.context() as patch:
