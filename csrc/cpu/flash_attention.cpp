@@ -1,9 +1,10 @@
 // Attention tile by tile with an online softmax (Milakov and Gimelshein 2018; Dao 2023, algorithm 1).
 //
-// A task is a run of queries of all heads that share a key head, so that each block of keys is converted, transposed
-// and brought into the cache once for all of them. Within the task: for each block of keys, for each tile of queries,
-// scores = q k^T, their softmax so far, out += p v. Memory beyond the arguments is a few hundred KB per thread,
-// whatever the lengths.
+// A task is a run of queries of all heads that share a key head, so that each block of keys is converted and brought
+// into the cache once for all of them. Queries lie in the lanes of vectors, in panels: with scores^T = k q^T, their
+// softmax so far and out^T = v^T p^T, keys and values are used as they lie, nothing is added up across a vector, and
+// the factor of the online softmax is one vector. Scores are in units of ln 2. Memory beyond the arguments is a few
+// hundred KB per thread, whatever the lengths.
 #include <cmath>
 
 #include "cpu/attention.h"
@@ -16,157 +17,167 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kTile = 48;       // queries whose scores are computed together
 constexpr int64_t kBlock = 128;     // keys brought in together
-constexpr int64_t kTaskRows = 192;  // queries times heads of a task
-constexpr int64_t kFewRows = 4;     // up to which a transposed copy of the keys does not pay
-
-// The softmax so far of one row: its maximum, and the sum of exponentials relative to it.
-struct Softmax {
-  float maximum, total;
-};
-
-// Turns `count` scores into exponentials relative to the new maximum, zero from there up to `end` (a multiple of 16).
-// Returns the factor for what was summed relative to the old maximum.
-PYALPACA_INLINE float online_softmax(float* scores, int64_t count, int64_t end, Softmax& row) {
-  for (int64_t j = count; j < end; ++j) scores[j] = -kInfinity;
-  Vec top = splat(row.maximum);
-  for (int64_t j = 0; j < end; j += kLanes) {
-    const Vec x = load(scores + j);
-    top = x > top ? x : top;
-  }
-  const float maximum = max(top);
-  Vec total = {};
-  if (maximum == -kInfinity) {  // nothing seen yet; keep a NaN, which no comparison above finds
-    for (int64_t j = 0; j < end; j += kLanes) {
-      const Vec x = load(scores + j);
-      const Vec p = x == x ? splat(0.0f) : x;
-      store(scores + j, p);
-      total += p;
-    }
-    row.total += sum(total);
-    return 1.0f;
-  }
-  for (int64_t j = 0; j < end; j += kLanes) {
-    const Vec p = exp(load(scores + j) - maximum);
-    store(scores + j, p);
-    total += p;
-  }
-  const float factor = row.maximum == maximum ? 1.0f : std::exp(row.maximum - maximum);
-  row.total = row.total * factor + sum(total);
-  row.maximum = maximum;
-  return factor;
-}
+constexpr int64_t kTaskRows = 256;  // queries times heads of a task
 
 struct Task {
   int64_t batch, kv_head, first, queries;  // queries [first, first + queries)
 };
 
-struct Memory {
-  float *q, *out, *keys, *keys_T, *values, *scores;
-  Softmax* softmax;
+// A panel of queries: transposed, what came out so far, and the softmax so far (the largest score, and the sum of the
+// weights relative to it).
+struct Panel {
+  float *q, *out;      // head_dim x kColumns
+  float *top, *total;  // kColumns
 };
 
-// The tile of queries [row, row + rows) of the task against one block of keys in memory.
-void attend(const AttentionShape& s, const Memory& m, int64_t row, int64_t rows, int64_t query, int64_t block,
-            int64_t keys) {
-  const int64_t width = padded(s.head_dim), score_row = padded(kBlock);
-  const int64_t count = seen(s, query + rows - 1, block, keys), end = round_up(count, kColumns);
-  if (count == 0) return;
-  float* out = m.out + row * width;
-  gemm(rows, count, s.head_dim, {m.q + row * width, width, 1}, m.keys_T, score_row, m.scores, score_row, false);
-  for (int64_t i = 0; i < rows; ++i) {
-    const float factor =
-        online_softmax(m.scores + i * score_row, seen(s, query + i, block, keys), end, m.softmax[row + i]);
-    if (factor != 1.0f) {
-      for (int64_t j = 0; j < width; j += kLanes) store(out + i * width + j, load(out + i * width + j) * factor);
-    }
-  }
-  gemm(rows, s.head_dim, count, {m.scores, score_row, 1}, m.values, width, out, width, true);
+Panel panel(float* memory, int64_t head_dim, int64_t index) {
+  float* q = memory + index * (2 * head_dim + 2) * kColumns;
+  return {q, q + head_dim * kColumns, q + 2 * head_dim * kColumns, q + (2 * head_dim + 1) * kColumns};
 }
 
-// The same for a handful of rows, as in decoding: the keys are read once and used in place.
-template <class T>
-void attend_few(const AttentionShape& s, const Memory& m, int64_t row, int64_t query, const T* k, int64_t k_row,
-                const T* v, int64_t v_row, int64_t block, int64_t keys) {
-  const int64_t count = seen(s, query, block, keys), width = padded(s.head_dim);
-  if (count == 0) return;
-  const float* q = m.q + row * width;
-  for (int64_t j = 0; j < count; ++j) {
-    Vec sums[2] = {};
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= s.head_dim; c += 2 * kLanes) {
-      sums[0] += load(q + c) * load(k + j * k_row + c);
-      sums[1] += load(q + c + kLanes) * load(k + j * k_row + c + kLanes);
-    }
-    for (; c < s.head_dim; c += kLanes) {
-      sums[0] += load_first(q + c, s.head_dim - c) * load_first(k + j * k_row + c, s.head_dim - c);
-    }
-    m.scores[j] = sum(sums[0] + sums[1]);
+// Turns scores (keys x kColumns) into weights relative to the new largest score, in place; the factors for what was
+// summed relative to the old one -> factors. True if any factor is not 1.
+bool online_softmax(float* scores, int64_t keys, const Panel& p, float* factors) {
+  Vec tops[4] = {load(p.top), load(p.top + kLanes), load(p.top), load(p.top + kLanes)};
+  int64_t j = 0;
+  for (; j + 2 <= keys; j += 2) {
+    for (int u = 0; u < 4; ++u) tops[u] = larger(load(scores + j * kColumns + u * kLanes), tops[u]);
   }
-  const float factor = online_softmax(m.scores, count, round_up(count, kColumns), m.softmax[row]);
-  float* out = m.out + row * width;
-  for (int64_t c = 0; c < s.head_dim; c += kLanes) store(out + c, load(out + c) * factor);
-  for (int64_t j = 0; j < count; ++j) {
-    const Vec p = splat(m.scores[j]);
-    for (int64_t c = 0; c < s.head_dim; c += kLanes) {
-      store(out + c, load(out + c) + p * load_first(v + j * v_row + c, s.head_dim - c));
+  for (; j < keys; ++j) {
+    for (int u = 0; u < 2; ++u) tops[u] = larger(load(scores + j * kColumns + u * kLanes), tops[u]);
+  }
+  bool changed = false;
+  Vec zero[2], totals[2] = {};
+  for (int u = 0; u < 2; ++u) {
+    const Vec top = larger(tops[u], tops[u + 2]), old = load(p.top + u * kLanes);
+    zero[u] = top == -kInfinity ? Vec{} : top;  // nothing seen yet: every weight 2^-inf, but a NaN stays one
+    const Vec factor = exp2(old - zero[u]);
+    store(p.top + u * kLanes, top);
+    store(factors + u * kLanes, factor);
+    for (int i = 0; i < kLanes; ++i) changed |= factor[i] != 1.0f;
+  }
+  for (j = 0; j < keys; ++j) {
+    for (int u = 0; u < 2; ++u) {
+      float* x = scores + j * kColumns + u * kLanes;
+      const Vec weight = exp2(load(x) - zero[u]);
+      store(x, weight);
+      totals[u] += weight;
     }
+  }
+  for (int u = 0; u < 2; ++u) {
+    float* total = p.total + u * kLanes;
+    store(total, load(total) * load(factors + u * kLanes) + totals[u]);
+  }
+  return changed;
+}
+
+// Asks for part `part` of `parts` of some rows, so that they are near when their turn comes.
+template <class T>
+PYALPACA_INLINE void prefetch(const T* rows, int64_t stride, int64_t count, int64_t width, int64_t part,
+                              int64_t parts) {
+  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+    const char* row = reinterpret_cast<const char*>(rows + i * stride);
+    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
 }
 
+// The same for what the task needs of the block of keys that begins at `block`.
 template <class T>
-void run(const FlashAttention& a, const Task& task, int64_t most_rows) {
+void prefetch_block(const FlashAttention& a, const Task& task, int64_t block, int64_t part, int64_t parts) {
   const AttentionShape& s = a.shape;
-  const int64_t group = s.heads / s.kv_heads, rows = task.queries * group;
-  const int64_t width = padded(s.head_dim), score_row = padded(kBlock);
-  float* memory = scratch(most_rows * (2 * width + 2) + kBlock * 2 * width + (s.head_dim + kTile) * score_row);
-  Memory m;
-  m.q = memory;
-  m.out = m.q + most_rows * width;
-  m.keys = m.out + most_rows * width;
-  m.values = m.keys + kBlock * width;
-  m.keys_T = m.values + kBlock * width;
-  m.scores = m.keys_T + s.head_dim * score_row;
-  m.softmax = reinterpret_cast<Softmax*>(m.scores + kTile * score_row);
+  const int64_t keys = min(kBlock, seen(s, task.first + task.queries - 1, block, s.keys - block));
+  if (keys <= 0) return;
+  prefetch(at<T>(a.k, task.batch, block, task.kv_head), a.k.token, keys, s.head_dim, part, parts);
+  prefetch(at<T>(a.v, task.batch, block, task.kv_head), a.v.token, keys, s.head_dim, part, parts);
+}
+
+// The same for what a task begins with.
+template <class T>
+void prefetch_task(const FlashAttention& a, const Task& task, int64_t part, int64_t parts) {
+  const int64_t group = a.shape.heads / a.shape.kv_heads;
+  for (int64_t g = 0; g < group; ++g) {
+    prefetch(at<T>(a.q, task.batch, task.first, task.kv_head * group + g), a.q.token, task.queries, a.shape.head_dim,
+             part, parts);
+  }
+  prefetch_block<T>(a, task, 0, part, parts);
+}
+
+template <class T>
+void run(const FlashAttention& a, const Task& task, const Task* next) {
+  const AttentionShape& s = a.shape;
+  const int64_t d = s.head_dim, group = s.heads / s.kv_heads;
+  const int64_t panels = (task.queries + kColumns - 1) / kColumns;  // of one head
+  const int64_t row = d + kLanes;  // of a block's keys and values: not a power of two, which would share cache sets
+  const int64_t panel_floats = (2 * d + 2) * kColumns;
+  float* memory =
+      scratch(group * panels * panel_floats + 2 * kBlock * row + kBlock * kColumns + kColumns + row * kColumns);
+  float* keys = memory + group * panels * panel_floats;
+  float* values = keys + kBlock * row;
+  float* scores = values + kBlock * row;
+  float* factors = scores + kBlock * kColumns;
+  float* rows = factors + kColumns;  // kColumns x row
 
   for (int64_t g = 0; g < group; ++g) {
-    copy_tile(at<T>(a.q, task.batch, task.first, task.kv_head * group + g), a.q.token, task.queries, s.head_dim,
-              s.scale, m.q + g * task.queries * width, width);
+    for (int64_t i = 0; i < panels; ++i) {
+      const Panel p = panel(memory, d, g * panels + i);
+      const int64_t first = task.first + i * kColumns, count = min(kColumns, task.first + task.queries - first);
+      copy_tile(at<T>(a.q, task.batch, first, task.kv_head * group + g), a.q.token, count, d, s.scale * kLog2E, rows,
+                row);
+      transpose_tile(rows, row, count, d, p.q, kColumns, kColumns);
+      for (int64_t c = 0; c < d * kColumns; c += kLanes) store(p.out + c, Vec{});
+      for (int64_t c = 0; c < kColumns; c += kLanes) {
+        store(p.top + c, splat(-kInfinity));
+        store(p.total + c, Vec{});
+      }
+    }
   }
-  for (int64_t i = 0; i < rows * width; i += kLanes) store(m.out + i, Vec{});
-  for (int64_t i = 0; i < rows; ++i) m.softmax[i] = {-kInfinity, 0.0f};
 
   const int64_t last_key = seen(s, task.first + task.queries - 1, 0, s.keys);
   for (int64_t block = 0; block < last_key; block += kBlock) {
-    const int64_t keys = min(kBlock, last_key - block);
-    const T* k = at<T>(a.k, task.batch, block, task.kv_head);
-    const T* v = at<T>(a.v, task.batch, block, task.kv_head);
-    if (rows <= kFewRows) {
-      for (int64_t i = 0; i < rows; ++i) {
-        attend_few(s, m, i, task.first + i % task.queries, k, a.k.token, v, a.v.token, block, keys);
+    const int64_t most = min(kBlock, last_key - block);
+    copy_tile(at<T>(a.k, task.batch, block, task.kv_head), a.k.token, most, d, 1.0f, keys, row);
+    copy_tile(at<T>(a.v, task.batch, block, task.kv_head), a.v.token, most, d, 1.0f, values, row);
+    for (int64_t i = 0; i < group * panels; ++i) {
+      const Panel p = panel(memory, d, i);
+      const int64_t first = task.first + i % panels * kColumns, end = min(first + kColumns, task.first + task.queries);
+      const int64_t count = seen(s, end - 1, block, most);
+      if (block + kBlock < last_key) {
+        prefetch_block<T>(a, task, block + kBlock, i, group * panels);
+      } else if (next != nullptr) {
+        prefetch_task<T>(a, *next, i, group * panels);
       }
-      continue;
-    }
-    copy_tile(k, a.k.token, keys, s.head_dim, 1.0f, m.keys, width);
-    transpose_tile(m.keys, width, keys, s.head_dim, m.keys_T, score_row);
-    copy_tile(v, a.v.token, keys, s.head_dim, 1.0f, m.values, width);
-    for (int64_t g = 0; g < group; ++g) {
-      for (int64_t i = 0; i < task.queries; i += kTile) {
-        attend(s, m, g * task.queries + i, min(kTile, task.queries - i), task.first + i, block, keys);
-      }
+      if (count == 0) continue;
+      multiply<Lies::kAlongDepth>(count, d, keys, row, p.q, kColumns, scores, kColumns, kSet);
+      if (s.causal) hide(scores, kColumns, count, first + s.q_offset - block);
+      const bool changed = online_softmax(scores, count, p, factors);
+      multiply<Lies::kAlongRows>(d, count, values, row, scores, kColumns, p.out, kColumns,
+                                 {true, changed ? factors : nullptr});
     }
   }
 
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t query = task.first + i % task.queries, head = task.kv_head * group + i / task.queries;
-    const Softmax& row = m.softmax[i];
-    T* out = static_cast<T*>(a.out) + ((task.batch * s.queries + query) * s.heads + head) * s.head_dim;
-    const float inverse = row.total == 0.0f ? 0.0f : 1.0f / row.total;
-    for (int64_t c = 0; c < s.head_dim; c += kLanes) {
-      store_first(out + c, load(m.out + i * width + c) * inverse, s.head_dim - c);
+  for (int64_t i = 0; i < group * panels; ++i) {
+    const Panel p = panel(memory, d, i);
+    const int64_t head = task.kv_head * group + i / panels, first = task.first + i % panels * kColumns;
+    const int64_t count = min(kColumns, task.first + task.queries - first);
+    Vec inverse[2];
+    for (int u = 0; u < 2; ++u) {
+      const Vec total = load(p.total + u * kLanes);
+      inverse[u] = total == 0.0f ? Vec{} : 1.0f / total;
     }
-    a.lse[(task.batch * s.heads + head) * s.queries + query] = row.maximum + std::log(row.total);
+    for (int64_t c = 0; c < d; ++c) {
+      for (int u = 0; u < 2; ++u) {
+        float* out = p.out + c * kColumns + u * kLanes;
+        store(out, load(out) * inverse[u]);
+      }
+    }
+    transpose_tile(p.out, kColumns, d, kColumns, rows, row, d);
+    T* out = static_cast<T*>(a.out) + ((task.batch * s.queries + first) * s.heads + head) * d;
+    for (int64_t r = 0; r < count; ++r, out += s.heads * d) {
+      for (int64_t c = 0; c < d; c += kLanes) store_first(out + c, load_first(rows + r * row + c, d - c), d - c);
+      a.lse[(task.batch * s.heads + head) * s.queries + first + r] = p.top[r] * kLn2 + std::log(p.total[r]);
+    }
   }
 }
 
@@ -178,17 +189,25 @@ void flash_attention(const FlashAttention& a) {
   const int64_t group = s.heads / s.kv_heads, pairs = s.batch * s.kv_heads;
   const int64_t scores = s.batch * s.heads * s.queries * s.keys / (s.causal && s.queries > 1 ? 2 : 1);
   const int64_t threads = worthy_threads(2 * scores * s.head_dim, num_threads());
-  int64_t queries = min(max(kTaskRows / group, 1), s.queries);
+  int64_t queries = min(max(kTaskRows / group / kColumns, 1) * kColumns, s.queries);
   // With few heads, shorter runs give every thread something to do.
-  while (threads > 1 && queries > kTile && pairs * ((s.queries + queries - 1) / queries) < 4 * threads)
-    queries = (queries + 1) / 2;
+  while (threads > 1 && queries > kColumns && pairs * ((s.queries + queries - 1) / queries) < 4 * threads) {
+    queries = round_up((queries + 1) / 2, kColumns);
+  }
   const int64_t runs = (s.queries + queries - 1) / queries, tasks = pairs * runs;
+  const auto task = [&](int64_t t) {
+    const int64_t pair = t / runs, first = (runs - 1 - t % runs) * queries;  // the last queries see most: first
+    return Task{pair / s.kv_heads, pair % s.kv_heads, first, min(queries, s.queries - first)};
+  };
   Queue queue;
   parallel(min(threads, tasks), 1, [&](int64_t, int64_t) {
-    for (int64_t t = queue.take(); t < tasks; t = queue.take()) {
-      const int64_t pair = t / runs, first = (runs - 1 - t % runs) * queries;  // the last queries see most: first
-      const Task task{pair / s.kv_heads, pair % s.kv_heads, first, min(queries, s.queries - first)};
-      with_type(a.dtype, [&](auto type) { run<typename decltype(type)::type>(a, task, queries * group); });
+    int64_t next = queue.take();
+    while (next < tasks) {
+      const Task current = task(next);
+      next = queue.take();
+      const Task after = task(min(next, tasks - 1));
+      with_type(a.dtype,
+                [&](auto type) { run<typename decltype(type)::type>(a, current, next < tasks ? &after : nullptr); });
     }
   });
 }

@@ -13,72 +13,111 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kTile = 96;   // queries
-constexpr int64_t kBlock = 96;  // keys
+constexpr int64_t kTile = 128;                 // queries, in panels of kColumns
+constexpr int64_t kBlock = 128;                // keys
+constexpr int64_t kScoreRow = kTile + kLanes;  // not a power of two, which would share cache sets
 
-// Everything fp32. One head's queries: q is scaled.
+// The row length of what is multiplied column panel by column panel.
+int64_t padded(int64_t head_dim) { return round_up(head_dim, kColumns) + kLanes; }
+
+// Everything fp32. One head's queries, in memory up to a multiple of kColumns; q is scaled. What ends in _T lies in
+// panels of kColumns queries, head_dim x kColumns each.
 struct Memory {
-  float *q, *dout, *dq, *delta, *lse;        // queries x width; the last two: queries
-  float *dk, *dv;                            // keys x width
-  float *keys, *values, *keys_T, *values_T;  // one block: kBlock x width, and transposed
-  float *p, *ds;                             // kTile x score_row
+  float *q, *dout;             // queries x width
+  float *q_T, *dout_T, *dq_T;  // panels
+  float *delta, *lse;          // queries; lse in units of ln 2
+  float *dk, *dv;              // keys x width
+  float *keys, *values;        // one block: kBlock x width
+  float *p, *ds;               // kBlock x kScoreRow: a key's row holds the queries of a tile
 };
 
 template <class T>
 void load_head(const FlashAttentionBackward& a, const Memory& m, int64_t batch, int64_t head) {
   const AttentionShape& s = a.shape;
-  const int64_t width = padded(s.head_dim);
-  copy_tile(at<T>(a.q, batch, 0, head), a.q.token, s.queries, s.head_dim, s.scale, m.q, width);
-  copy_tile(at<T>(a.dout, batch, 0, head), a.dout.token, s.queries, s.head_dim, 1.0f, m.dout, width);
-  for (int64_t i = 0; i < s.queries * width; i += kLanes) store(m.dq + i, Vec{});
-  for (int64_t i = 0; i < s.queries; ++i) {
+  const int64_t d = s.head_dim, width = padded(d), end = round_up(s.queries, kColumns);
+  if (d % kColumns != 0) {  // a panel of columns that goes beyond head_dim
+    std::memset(m.q, 0, static_cast<size_t>(s.queries * width) * sizeof(float));
+    std::memset(m.dout, 0, static_cast<size_t>(s.queries * width) * sizeof(float));
+  }
+  std::memset(m.dq_T, 0, static_cast<size_t>(end * d) * sizeof(float));
+  copy_tile(at<T>(a.q, batch, 0, head), a.q.token, s.queries, d, s.scale, m.q, width);
+  copy_tile(at<T>(a.dout, batch, 0, head), a.dout.token, s.queries, d, 1.0f, m.dout, width);
+  for (int64_t i = 0; i < end; i += kColumns) {
+    const int64_t rows = min(kColumns, s.queries - i);
+    transpose_tile(m.q + i * width, width, rows, d, m.q_T + i * d, kColumns, kColumns);
+    transpose_tile(m.dout + i * width, width, rows, d, m.dout_T + i * d, kColumns, kColumns);
+  }
+  for (int64_t i = 0; i < end; ++i) {
+    // A row that sees nothing, or is none: with this logsumexp all its probabilities come out 0.
+    m.delta[i] = 0.0f, m.lse[i] = kInfinity;
+    if (i >= s.queries) continue;
     const T* out = at<T>(a.out, batch, i, head);
     Vec delta = {};
-    for (int64_t c = 0; c < s.head_dim; c += kLanes) {
-      delta += load_first(out + c, s.head_dim - c) * load(m.dout + i * width + c);
+    for (int64_t c = 0; c < d; c += kLanes) {
+      delta += load_first(out + c, d - c) * load_first(m.dout + i * width + c, d - c);
     }
     m.delta[i] = sum(delta);
     const float lse = a.lse[(batch * s.heads + head) * s.queries + i];
-    m.lse[i] = lse == -kInfinity ? kInfinity : lse;  // a row that sees nothing: all its probabilities come out 0
+    if (lse != -kInfinity) m.lse[i] = lse * kLog2E;
   }
 }
 
-template <class T>
-void load_block(const FlashAttentionBackward& a, const Memory& m, int64_t batch, int64_t kv_head, int64_t block,
-                int64_t keys) {
-  const int64_t head_dim = a.shape.head_dim, width = padded(head_dim), score_row = padded(kBlock);
-  copy_tile(at<T>(a.k, batch, block, kv_head), a.k.token, keys, head_dim, 1.0f, m.keys, width);
-  transpose_tile(m.keys, width, keys, head_dim, m.keys_T, score_row);
-  copy_tile(at<T>(a.v, batch, block, kv_head), a.v.token, keys, head_dim, 1.0f, m.values, width);
-  transpose_tile(m.values, width, keys, head_dim, m.values_T, score_row);
+// Scores -> probabilities, and dout v^T -> ds, of one panel of queries and `keys` keys.
+void softmax_backward(float* p, float* ds, int64_t keys, const float* lse, const float* delta) {
+  const Vec lses[2] = {load(lse), load(lse + kLanes)}, deltas[2] = {load(delta), load(delta + kLanes)};
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = j * kScoreRow + u * kLanes;
+      const Vec weight = exp2(load(p + at) * kLog2E - lses[u]);
+      store(p + at, weight);
+      store(ds + at, weight * (load(ds + at) - deltas[u]));
+    }
+  }
 }
 
-// One row of scores -> probabilities, and of dout v^T -> ds; both 0 from `count` up to `end`.
-PYALPACA_INLINE void softmax_backward(float* p, float* ds, int64_t count, int64_t end, float lse, float delta) {
-  for (int64_t j = count; j < end; ++j) p[j] = -kInfinity;
-  for (int64_t j = 0; j < end; j += kLanes) {
-    const Vec weight = exp(load(p + j) - lse);
-    store(p + j, weight);
-    store(ds + j, weight * (load(ds + j) - delta));
+// sum (keys x width) += weights (keys x queries) x (queries x width), for keys [first, last) of the block and the
+// queries of the tile from `begin` on.
+void add_product(const float* weights, const float* x, int64_t first, int64_t last, int64_t begin, int64_t queries,
+                 int64_t width, int64_t head_dim, float* sum) {
+  for (int64_t c = 0; c < head_dim; c += kColumns) {
+    multiply<Lies::kAlongDepth>(last - first, queries - begin, weights + first * kScoreRow + begin, kScoreRow,
+                                x + begin * width + c, width, sum + first * width + c, width, kAdd);
   }
-  for (int64_t j = count; j < end; ++j) ds[j] = 0.0f;
 }
 
-// The tile of queries [query, query + rows) against the block of keys in memory.
-void attend(const AttentionShape& s, const Memory& m, int64_t query, int64_t rows, int64_t block, int64_t keys) {
-  const int64_t head_dim = s.head_dim, width = padded(head_dim), score_row = padded(kBlock);
-  const int64_t count = seen(s, query + rows - 1, block, keys), end = round_up(count, kColumns);
-  if (count == 0) return;
-  const float *q = m.q + query * width, *dout = m.dout + query * width;
-  gemm(rows, count, head_dim, {q, width, 1}, m.keys_T, score_row, m.p, score_row, false);
-  gemm(rows, count, head_dim, {dout, width, 1}, m.values_T, score_row, m.ds, score_row, false);
-  for (int64_t i = 0; i < rows; ++i) {
-    softmax_backward(m.p + i * score_row, m.ds + i * score_row, seen(s, query + i, block, keys), end, m.lse[query + i],
-                     m.delta[query + i]);
+// The tile of queries [query, query + queries) against the block of keys in memory.
+void attend(const AttentionShape& s, const Memory& m, int64_t query, int64_t queries, int64_t block, int64_t keys) {
+  const int64_t d = s.head_dim, width = padded(d);
+  int64_t most = 0;
+  for (int64_t i = 0; i < queries; i += kColumns) {
+    const int64_t panel = (query + i) * d, count = seen(s, query + min(i + kColumns, queries) - 1, block, keys);
+    float *p = m.p + i, *ds = m.ds + i;
+    multiply<Lies::kAlongDepth>(count, d, m.keys, width, m.q_T + panel, kColumns, p, kScoreRow, kSet);
+    multiply<Lies::kAlongDepth>(count, d, m.values, width, m.dout_T + panel, kColumns, ds, kScoreRow, kSet);
+    if (s.causal) hide(p, kScoreRow, count, query + i + s.q_offset - block);
+    softmax_backward(p, ds, count, m.lse + query + i, m.delta + query + i);
+    multiply<Lies::kAlongRows>(d, count, m.keys, width, ds, kScoreRow, m.dq_T + panel, kColumns, kAdd);
+    // Up to the next multiple the keys are taken together below.
+    for (int64_t j = count; j < min(round_up(count, kColumns), keys); ++j) {
+      for (int u = 0; u < 2; ++u) {
+        store(p + j * kScoreRow + u * kLanes, Vec{});
+        store(ds + j * kScoreRow + u * kLanes, Vec{});
+      }
+    }
+    most = max(most, count);
   }
-  gemm(count, head_dim, rows, {m.p, 1, score_row}, dout, width, m.dv + block * width, width, true);
-  gemm(count, head_dim, rows, {m.ds, 1, score_row}, q, width, m.dk + block * width, width, true);
-  gemm(rows, head_dim, count, {m.ds, score_row, 1}, m.keys, width, m.dq + query * width, width, true);
+  // Keys that the first panel sees, then kColumns of them at a time, each from the first panel that sees one on.
+  const auto products = [&](int64_t first, int64_t last, int64_t begin) {
+    add_product(m.p, m.dout + query * width, first, last, begin, queries, width, d, m.dv + block * width);
+    add_product(m.ds, m.q + query * width, first, last, begin, queries, width, d, m.dk + block * width);
+  };
+  const int64_t all = seen(s, query + min(kColumns, queries) - 1, block, keys);
+  int64_t first = min(round_up(all, kColumns), keys);
+  if (first > 0) products(0, first, 0);
+  for (; first < most; first += kColumns) {
+    const int64_t begin = (block + first - s.q_offset - query) / kColumns * kColumns;
+    products(first, min(first + kColumns, keys), begin);
+  }
 }
 
 template <class T>
@@ -88,7 +127,7 @@ void store_head(const float* from, float factor, void* to, int64_t batch, int64_
   for (int64_t i = 0; i < tokens; ++i) {
     T* row = static_cast<T*>(to) + ((batch * tokens + i) * heads + head) * head_dim;
     for (int64_t c = 0; c < head_dim; c += kLanes) {
-      store_first(row + c, load(from + i * width + c) * factor, head_dim - c);
+      store_first(row + c, load_first(from + i * width + c, head_dim - c) * factor, head_dim - c);
     }
   }
 }
@@ -96,37 +135,41 @@ void store_head(const float* from, float factor, void* to, int64_t batch, int64_
 template <class T>
 void run(const FlashAttentionBackward& a, int64_t batch, int64_t kv_head) {
   const AttentionShape& s = a.shape;
-  const int64_t width = padded(s.head_dim), score_row = padded(kBlock), group = s.heads / s.kv_heads;
-  const int64_t statistics = round_up(s.queries, kColumns);
-  float* memory = scratch(3 * s.queries * width + 2 * statistics + 2 * s.keys * width + 2 * kBlock * width +
-                          2 * (s.head_dim + kTile) * score_row);
-  auto take = [&](int64_t floats) { return (memory += floats) - floats; };
-  const Memory m{
-      take(s.queries * width), take(s.queries * width),      take(s.queries * width),      take(statistics),
-      take(statistics),        take(s.keys * width),         take(s.keys * width),         take(kBlock * width),
-      take(kBlock * width),    take(s.head_dim * score_row), take(s.head_dim * score_row), take(kTile * score_row),
-      take(kTile * score_row)};
+  const int64_t d = s.head_dim, width = padded(d), group = s.heads / s.kv_heads, end = round_up(s.queries, kColumns);
+  const int64_t floats =
+      2 * end * width + 3 * end * d + 2 * end + 2 * s.keys * width + 2 * kBlock * width + 2 * kBlock * kScoreRow;
+  float* memory = scratch(floats);
+  auto take = [&](int64_t count) { return (memory += count) - count; };
+  Memory m;
+  m.q = take(end * width), m.dout = take(end * width);
+  m.q_T = take(end * d), m.dout_T = take(end * d), m.dq_T = take(end * d);
+  m.delta = take(end), m.lse = take(end);
+  m.dk = take(s.keys * width), m.dv = take(s.keys * width);
+  m.keys = take(kBlock * width), m.values = take(kBlock * width);
+  m.p = take(kBlock * kScoreRow), m.ds = take(kBlock * kScoreRow);
 
-  for (int64_t i = 0; i < s.keys * width; i += kLanes) {
-    store(m.dk + i, Vec{});
-    store(m.dv + i, Vec{});
-  }
+  std::memset(m.dk, 0, static_cast<size_t>(s.keys * width) * sizeof(float));
+  std::memset(m.dv, 0, static_cast<size_t>(s.keys * width) * sizeof(float));
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     load_head<T>(a, m, batch, head);
     const int64_t last_key = seen(s, s.queries - 1, 0, s.keys);
     for (int64_t block = 0; block < last_key; block += kBlock) {
       const int64_t keys = min(kBlock, last_key - block);
-      load_block<T>(a, m, batch, kv_head, block, keys);
-      // The first query that sees a key of this block, at the start of its tile.
-      const int64_t first = s.causal ? max(block - s.q_offset, 0) / kTile * kTile : 0;
+      copy_tile(at<T>(a.k, batch, block, kv_head), a.k.token, keys, d, 1.0f, m.keys, width);
+      copy_tile(at<T>(a.v, batch, block, kv_head), a.v.token, keys, d, 1.0f, m.values, width);
+      // The first query that sees a key of this block, at the start of its panel.
+      const int64_t first = s.causal ? max(block - s.q_offset, 0) / kColumns * kColumns : 0;
       for (int64_t query = first; query < s.queries; query += kTile) {
         attend(s, m, query, min(kTile, s.queries - query), block, keys);
       }
     }
-    store_head<T>(m.dq, s.scale, a.dq, batch, s.queries, s.heads, head, s.head_dim);
+    for (int64_t i = 0; i < end; i += kColumns) {  // q is not needed any more
+      transpose_tile(m.dq_T + i * d, kColumns, d, kColumns, m.q + i * width, width, d);
+    }
+    store_head<T>(m.q, s.scale, a.dq, batch, s.queries, s.heads, head, d);
   }
-  store_head<T>(m.dk, 1.0f, a.dk, batch, s.keys, s.kv_heads, kv_head, s.head_dim);
-  store_head<T>(m.dv, 1.0f, a.dv, batch, s.keys, s.kv_heads, kv_head, s.head_dim);
+  store_head<T>(m.dk, 1.0f, a.dk, batch, s.keys, s.kv_heads, kv_head, d);
+  store_head<T>(m.dv, 1.0f, a.dv, batch, s.keys, s.kv_heads, kv_head, d);
 }
 
 }  // namespace

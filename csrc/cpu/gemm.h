@@ -1,7 +1,8 @@
 // Matrix products of the small fp32 tiles that attention is made of, held in the nearest caches.
 //
 // A library's sgemm packs its operands and starts its machinery at each call; for tiles of about 100 x 100 that costs
-// as much as it gains. Tiles here have rows padded to whole micro-tiles (`padded`), so columns have no tails.
+// as much as it gains. Here b lies in panels of kColumns columns, so its rows are two aligned vectors one after the
+// other; a is read element by element and may lie along its rows or along the depth, so neither is ever packed twice.
 #pragma once
 
 #include "cpu/vec.h"
@@ -9,8 +10,15 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kColumns = 2 * kLanes;  // of one micro-tile
-constexpr int64_t kRows = 6;              // 6 x 2 accumulators, 2 of b and 1 of a fit 16 registers
+constexpr int64_t kColumns = 2 * kLanes;  // of a panel
+// Rows of a micro-tile: twice as many running sums, 2 vectors of b and 1 of a fill the registers (32 or 16).
+#if defined(__AVX512F__)
+constexpr int kRows = 14;
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int kRows = 6;
+#else
+constexpr int kRows = 2;
+#endif
 
 // How many threads a product of that many multiplications is worth: waking one for less than about 30 us gains nothing,
 // and where other processes use the processor too it costs milliseconds.
@@ -18,87 +26,86 @@ PYALPACA_INLINE int64_t worthy_threads(int64_t multiplications, int64_t threads)
   return max(min(multiplications >> 20, threads), 1);
 }
 
-// The row length of a tile of `width` columns. The extra 64 bytes keep rows off each other's cache sets: with a power
-// of two between rows, a column of micro-tiles would fall into a few sets and evict itself.
-PYALPACA_INLINE int64_t padded(int64_t width) { return round_up(width, kColumns) + kColumns; }
+// How element (i, k) of a lies: at data[i * stride + k], or at data[i + k * stride].
+enum class Lies { kAlongDepth, kAlongRows };
 
-// An operand read element by element: element (i, k) at data[i * row + k * depth], so a transposed tile needs no copy.
-struct Left {
-  const float* data;
-  int64_t row, depth;
+// What a product begins with: nothing, what c holds, or that times one factor a column.
+struct Begin {
+  bool add;
+  const float* factors;  // kColumns, or nullptr for 1
 };
+constexpr Begin kSet = {false, nullptr}, kAdd = {true, nullptr};
 
-template <int rows>
-PYALPACA_INLINE void micro_tile(int64_t depth, Left a, const float* b, int64_t b_row, float* c, int64_t c_row,
-                                bool add) {
+template <Lies lies, int rows>
+void micro_tile(int64_t depth, const float* a, int64_t stride, const float* b, int64_t b_row, float* c, int64_t c_row,
+                Begin begin) {
   Vec sums[rows][2];
-#pragma GCC unroll 6
-  for (int i = 0; i < rows; ++i) {
-    sums[i][0] = add ? load(c + i * c_row) : Vec{};
-    sums[i][1] = add ? load(c + i * c_row + kLanes) : Vec{};
+  if (!begin.add) {
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = Vec{};
+  } else if (begin.factors == nullptr) {
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i) {
+      sums[i][0] = load(c + i * c_row);
+      sums[i][1] = load(c + i * c_row + kLanes);
+    }
+  } else {
+    const Vec f0 = load(begin.factors), f1 = load(begin.factors + kLanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i) {
+      sums[i][0] = load(c + i * c_row) * f0;
+      sums[i][1] = load(c + i * c_row + kLanes) * f1;
+    }
   }
-  const float* first = a.data;
-  const float* fourth = a.data + 3 * a.row;  // two bases keep the six row offsets within addressing modes
+  const float* bases[3] = {a, a + 5 * stride, a + 10 * stride};  // three keep all offsets within addressing modes
   for (int64_t k = 0; k < depth; ++k) {
     const Vec b0 = load(b), b1 = load(b + kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 14
     for (int i = 0; i < rows; ++i) {
-      const Vec left = splat(i < 3 ? first[i * a.row] : fourth[(i - 3) * a.row]);
+      const Vec left = splat(lies == Lies::kAlongRows ? a[i] : bases[i / 5][i % 5 * stride]);
       sums[i][0] += left * b0;
       sums[i][1] += left * b1;
     }
-    first += a.depth;
-    fourth += a.depth;
+    if (lies == Lies::kAlongRows) a += stride;
+    for (int i = 0; i < 3; ++i) ++bases[i];
     b += b_row;
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 14
   for (int i = 0; i < rows; ++i) {
     store(c + i * c_row, sums[i][0]);
     store(c + i * c_row + kLanes, sums[i][1]);
   }
 }
 
-// c (rows x columns) = a (rows x depth) b (depth x columns), or += if `add`. Columns are rounded up to a multiple
-// of kColumns. A panel of that many columns of b stays in the first cache while the rows of a pass by.
-__attribute__((noinline)) void gemm(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row,
-                                    float* c, int64_t c_row, bool add) {
-  for (int64_t j = 0; j < columns; j += kColumns) {
-    int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) {
-      micro_tile<kRows>(depth, {a.data + i * a.row, a.row, a.depth}, b + j, b_row, c + i * c_row + j, c_row, add);
-    }
-    const Left rest{a.data + i * a.row, a.row, a.depth};
-    float* out = c + i * c_row + j;
-    switch (rows - i) {
-      case 5:
-        micro_tile<5>(depth, rest, b + j, b_row, out, c_row, add);
-        break;
-      case 4:
-        micro_tile<4>(depth, rest, b + j, b_row, out, c_row, add);
-        break;
-      case 3:
-        micro_tile<3>(depth, rest, b + j, b_row, out, c_row, add);
-        break;
-      case 2:
-        micro_tile<2>(depth, rest, b + j, b_row, out, c_row, add);
-        break;
-      case 1:
-        micro_tile<1>(depth, rest, b + j, b_row, out, c_row, add);
-        break;
-      default:
-        break;
-    }
+template <Lies lies, int rows>
+PYALPACA_INLINE void micro_tile_of(int64_t count, int64_t depth, const float* a, int64_t stride, const float* b,
+                                   int64_t b_row, float* c, int64_t c_row, Begin begin) {
+  if (count == rows) return micro_tile<lies, rows>(depth, a, stride, b, b_row, c, c_row, begin);
+  if constexpr (rows > 1) micro_tile_of<lies, rows - 1>(count, depth, a, stride, b, b_row, c, c_row, begin);
+}
+
+// One panel of columns: c (rows x kColumns) = a (rows x depth) b (depth x kColumns), or += as `begin` says. The panel
+// of b stays in the first cache while the rows of a pass by, in micro-tiles of nearly the same height.
+template <Lies lies>
+__attribute__((noinline)) void multiply(int64_t rows, int64_t depth, const float* a, int64_t stride, const float* b,
+                                        int64_t b_row, float* c, int64_t c_row, Begin begin) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
+    micro_tile_of<lies, kRows>(count, depth, a + first * (lies == Lies::kAlongRows ? 1 : stride), stride, b, b_row,
+                               c + first * c_row, c_row, begin);
   }
 }
 
-// ---- copies into tiles: converted to fp32 once, columns zero up to the next multiple of kColumns
+// ---- copies into tiles: converted to fp32 once
 
-// rows x width (a multiple of 8) times `factor` -> to[rows][to_row]
+// rows x width times `factor` -> to[rows][to_row]
 template <class T>
 void copy_tile(const T* from, int64_t from_row, int64_t rows, int64_t width, float factor, float* to, int64_t to_row) {
-  const int64_t end = round_up(width, kColumns);
   for (int64_t i = 0; i < rows; ++i, from += from_row, to += to_row) {
-    for (int64_t j = 0; j < end; j += kLanes) store(to + j, load_first(from + j, max(width - j, 0)) * factor);
+    for (int64_t j = 0; j < width; j += kLanes) {
+      store_first(to + j, load_first(from + j, width - j) * factor, width - j);
+    }
   }
 }
 
@@ -127,14 +134,14 @@ PYALPACA_INLINE void transpose8(const float* from, int64_t from_row, float* to, 
 #endif
 }
 
-// A tile of rows x width (a multiple of 8) -> to[width][to_row], its columns zero from `rows` up to a multiple of
-// kColumns.
-inline void transpose_tile(const float* from, int64_t from_row, int64_t rows, int64_t width, float* to,
-                           int64_t to_row) {
-  const int64_t whole = rows / 8 * 8, end = round_up(rows, kColumns);
+// A tile of rows x width (a multiple of 8) -> to[width][to_row], its columns zero from `rows` up to `end`.
+inline void transpose_tile(const float* from, int64_t from_row, int64_t rows, int64_t width, float* to, int64_t to_row,
+                           int64_t end) {
+  const int64_t whole = rows / 8 * 8;
   for (int64_t i = 0; i < whole; i += 8) {
     for (int64_t j = 0; j < width; j += 8) transpose8(from + i * from_row + j, from_row, to + j * to_row + i, to_row);
   }
+  if (whole == end) return;
   for (int64_t j = 0; j < width; ++j) {
     for (int64_t i = whole; i < end; ++i) to[j * to_row + i] = i < rows ? from[i * from_row + j] : 0.0f;
   }
