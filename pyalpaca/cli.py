@@ -44,7 +44,7 @@ _COMMANDS = (
         "memory, traffic and time of a training before it runs",
     ),
     ("Training", "train", "pyalpaca.train.run", "fine-tune on one or many devices (under torchrun)"),
-    ("Training", "report", "pyalpaca.report", "compare the losses of two runs step by step and draw them"),
+    ("Training", "report", "pyalpaca.report", "draw and sum up runs; compare their losses step by step"),
     ("Measuring", "bench", "pyalpaca.commands.bench", "benchmarks, beside their peers and this machine's limits"),
     ("Talking", "generate", "pyalpaca.generate.run", "answer prompts with a model in any layout"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from pyalpaca.checkpoint import copy_tokenizer, open_checkpoint
 from pyalpaca.data import Data, PackedData, batch, batch_starts
 from pyalpaca.files import atomic_file
+from pyalpaca.model import parameters
 from pyalpaca.parallel import Traffic, count_traffic, gather_objects, init_mesh
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.engine import Engine, open_engine
@@ -19,11 +21,12 @@ from pyalpaca.train.evaluate import Best, best_of, evaluate, next_best
 from pyalpaca.train.faults import Guard, began_here
 from pyalpaca.train.fit import check_fits
 from pyalpaca.train.journal import Record, journal, keep_records, silent
-from pyalpaca.train.metrics import performance_table, rates, throughput
+from pyalpaca.train.metrics import rates
 from pyalpaca.train.peaks import memory_bytes, peak_tflops
 from pyalpaca.train.prepare import DTYPES, Shares, check_same_data, count_steps, micro_batches, open_data, plan, start, words
 from pyalpaca.train.saving import begun, restore, tidy
 from pyalpaca.train.step import Setup, TrainState, train_step
+from pyalpaca.train.table import markdown_table, performance_row, throughput
 from pyalpaca.train.trackers import require_trackers
 
 __all__ = ["open_data", "plan", "start", "train"]
@@ -55,14 +58,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     state = restore(run, setup, DTYPES[config.dtype]) if go_on else start(config, setup, reader)
     engine, state = open_engine(state, setup, lambda *given: train_step(*given))
     kept: list[Record] = []
+    size = sum(math.prod(p.shape) for p in parameters(reader.config))
+    settings = {**dataclasses.asdict(config), "devices": mesh.world, "device": mesh.device.type, "parameters": size}
     if mesh.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         tidy(run)
         copy_tokenizer(reader.tokenizer, run)
         kept = keep_records(run / "metrics.jsonl", state.step)
         with atomic_file(run / "train.json") as partial:
-            settings = {**dataclasses.asdict(config), "data_fingerprint": shares.fingerprint}
-            partial.write_text(json.dumps(settings, indent=1) + "\n")
+            partial.write_text(json.dumps({**settings, "data_fingerprint": shares.fingerprint}, indent=1) + "\n")
     first, best = state.step, gather_objects(best_of(kept))[0]
     records, best, stop = _run(state, setup, engine, shares, best, run)
     if not records:
@@ -73,7 +77,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if stop:
         summary["signal"] = stop
     if mesh.rank == 0:
-        print(performance_table(summary, setup.model, config, mesh))
+        print(markdown_table([performance_row(summary, settings)]))
     return summary
 
 

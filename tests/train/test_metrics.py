@@ -8,7 +8,8 @@ import pytest
 
 from pyalpaca.model import LlamaConfig
 from pyalpaca.plan import teraflops
-from pyalpaca.train.metrics import log_line, throughput
+from pyalpaca.train import throughput
+from pyalpaca.train.metrics import log_line
 
 PUBLISHED = LlamaConfig(50048, 5120, 13824, 40, 40, 40, 128)
 RECORD = {
