@@ -78,7 +78,7 @@ def page(plan: Plan, name: str) -> str:
         f"a step     {plan.seconds:.2f} s at {plan.efficiency:g} of the device's limits, nothing hidden behind anything"
         + (f"; bubble {plan.bubble:.1%}" if job.pp > 1 else ""),
         f"a device   {plan.samples_per_second:.2f} samples/s, {plan.tokens_per_second:.2f} tokens/s, {plan.tflops:.2f} TFLOPs, "
-        f"HFU {plan.hfu:.1%}, MFU {plan.mfu:.1%}",
+        f"HFU {plan.hfu:.1%}, MFU {plan.mfu:.1%}{' (as published: counted as if all weights were trained)' * bool(job.lora_r)}",
         "fits" if plan.fits else f"DOES NOT FIT: {reason(plan)}",
     ]
     return "\n".join(lines)

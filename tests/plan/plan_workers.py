@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import LlamaConfig, flatten, forward, init, parameters, unflatten
 from pyalpaca.parallel import Traffic, count_traffic, init_mesh
 from pyalpaca.train import TrainConfig
+from pyalpaca.train.engine import open_engine
 from pyalpaca.train.loop import plan, start
-from pyalpaca.train.step import Setup, TrainState, train_step
+from pyalpaca.train.step import Setup, TrainState, axis_of, train_step
 
 # Wide enough that tokens, and not what is constant, fill the memory; MANY_WORDS is almost only embedding and head.
 WIDE = LlamaConfig(512, 192, 512, 5, 8, 4, 24)
@@ -60,7 +62,8 @@ def kept(config: TrainConfig, model: LlamaConfig) -> int:
     with MemoryWatch([*leaves.values(), tokens, labels]) as watch:
         before = watch.alive
         how = {"recompute": config.recompute, "recompute_every": config.recompute_every}
-        y = forward(unflatten(leaves), tokens[0], setup.model, **how)  # type: ignore[arg-type]
+        starts = [(0, 40, 90)] * config.micro_batch_size if config.pack else None
+        y = forward(unflatten(leaves), tokens[0], setup.model, axis_of(setup.axis, starts), **how)  # type: ignore[arg-type]
         loss = setup.axis.cross_entropy(y, labels).sum()
         del y
         found = watch.alive - before
@@ -79,3 +82,17 @@ def layout_step(config: TrainConfig, model: LlamaConfig) -> tuple[Traffic, Obser
 def layout_steps(cases: Sequence[tuple[TrainConfig, LlamaConfig]]) -> list[tuple[Traffic, Observed]]:
     """The same for several layouts of as many processes, one after the other."""
     return [layout_step(*case) for case in cases]
+
+
+def deepspeed_steps(runs: Sequence[TrainConfig], model: LlamaConfig) -> list[Traffic]:
+    """What this rank moves in the second step of each run, which DeepSpeed has begun to know."""
+    os.environ.update(LOCAL_RANK="0", LOCAL_SIZE="2")
+    found = []
+    for config in runs:
+        state, setup, tokens = begin(config, model)
+        engine, state = open_engine(state, setup)
+        state, _ = engine.step(state, tokens, tokens.clone(), setup, None)
+        with count_traffic(setup.mesh) as moved:
+            engine.step(state, tokens, tokens.clone(), setup, None)
+        found.append(dict(moved))
+    return found

@@ -17,6 +17,7 @@ from pyalpaca.train.fit import planned_job
 FULL = TrainConfig(micro_batch_size=2, global_batch_size=4, seq_length=192)
 LORA = replace(FULL, lora_r=8)
 NARROW_LORA = replace(FULL, lora_r=8, lora_full="", lora_targets="q_proj,v_proj", dtype="bf16")
+PACKED = replace(FULL, pack=True)
 MODES = [("none", 1), ("selective", 1), ("full", 1), ("full", 2), ("selective", 2)]
 modes = pytest.mark.parametrize(("recompute", "every"), MODES)
 
@@ -45,7 +46,9 @@ def test_a_step_takes_the_memory_that_was_planned(model: LlamaConfig, config: Tr
     assert memory.total - beside == pytest.approx(found.peak - beside, rel=0.1)
 
 
-@pytest.mark.parametrize("config", [FULL, replace(FULL, dtype="fp16"), LORA, NARROW_LORA], ids=["fp32", "fp16", "lora", "q, v"])
+@pytest.mark.parametrize(
+    "config", [FULL, replace(FULL, dtype="fp16"), LORA, NARROW_LORA, PACKED], ids=["fp32", "fp16", "lora", "q, v", "packed"]
+)
 @modes
 def test_activations_are_what_a_forward_pass_leaves_behind(config: TrainConfig, recompute: str, every: int) -> None:
     config = replace(config, recompute=recompute, recompute_every=every)
