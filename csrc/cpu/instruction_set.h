@@ -11,5 +11,6 @@ void rope(const Rope& a);
 void flash_attention(const FlashAttention& a);
 void flash_attention_backward(const FlashAttentionBackward& a);
 void lora_merge(const LoraMerge& a);
+void linear(const Linear& a);
 
 }  // namespace pyalpaca::cpu::PYALPACA_ISA

@@ -31,6 +31,7 @@ namespace {
       isa::flash_attention,          \
       isa::flash_attention_backward, \
       isa::lora_merge,               \
+      isa::linear,                   \
   }
 
 struct InstructionSet {

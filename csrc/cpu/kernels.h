@@ -10,6 +10,20 @@ namespace pyalpaca::cpu {
 
 enum class Dtype { kFloat, kBFloat16, kHalf };
 
+enum class Storage { kFloat, kBFloat16, kHalf, kInt8, kInt4 };
+constexpr int64_t kInt4Block = 32;  // numbers in 16 bytes: byte j holds number j in its low half and 16 + j in its high
+
+// Lines of numbers, `stride` elements (of int4: bytes) apart. As an operand of a product its lines run along what is
+// summed over or, transposed, across it. An integer stands for itself (of int4: less 8) times its group's scale.
+struct Matrix {
+  Storage storage;
+  const void* data;
+  int64_t stride;
+  bool transposed = false;
+  const float* scales = nullptr;  // (lines, groups)
+  int64_t group = 1, groups = 0;  // a group: so many numbers of a line, the last one perhaps fewer
+};
+
 // y = weight * x * rstd, rstd = 1 / sqrt(mean(x^2) + eps), row by row.
 struct RmsNorm {
   Dtype dtype;  // of x and y
@@ -65,6 +79,22 @@ struct LoraMerge {
   int64_t rows, columns;
 };
 
+// out = a b^T: of `rows` and `columns` lines of `depth` numbers each, none of the three 0.
+struct Linear {
+  Matrix a, b;  // a is of floats
+  Dtype dtype;  // of out
+  void* out;    // (rows, columns)
+  int64_t rows, columns, depth;
+  float* panels;  // working memory, panel_floats(rows, depth)
+};
+
+constexpr int64_t kBlockRows = 378;  // of a product: whole panels, which for so many fit the cache that all cores share
+
+// fp32 numbers that the panels of a product's first operand take: a panel has at most 14 rows.
+constexpr int64_t panel_floats(int64_t rows, int64_t depth) {
+  return ((rows < kBlockRows ? rows : kBlockRows) + 13) * (depth + depth % 2);
+}
+
 struct Strided {
   const void* data;
   int64_t batch, token, head;
@@ -101,6 +131,7 @@ struct Kernels {
   void (*flash_attention)(const FlashAttention&);
   void (*flash_attention_backward)(const FlashAttentionBackward&);
   void (*lora_merge)(const LoraMerge&);
+  void (*linear)(const Linear&);
 };
 
 const Kernels& kernels();

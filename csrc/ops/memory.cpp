@@ -1,5 +1,6 @@
 #include "ops/memory.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
@@ -71,10 +72,27 @@ Pool& pool() {
 
 }  // namespace
 
+namespace {
+
+// Ours, or nothing where torch's own is to serve.
+at::Tensor from_pool(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  if (!options.device().is_cpu() || bytes < kLeast) return {};
+  const Block block = pool().take((bytes + kPage - 1) / kPage * kPage);
+  return at::from_blob(block.data, sizes, [block](void*) { pool().give(block); }, options.requires_grad(false));
+}
+
+}  // namespace
+
 at::Tensor reused_like(const at::Tensor& x) {
-  if (!x.is_cpu() || x.nbytes() < kLeast) return at::empty_like(x, at::MemoryFormat::Contiguous);
-  const Block block = pool().take((x.nbytes() + kPage - 1) / kPage * kPage);
-  return at::from_blob(block.data, x.sizes(), [block](void*) { pool().give(block); }, x.options().requires_grad(false));
+  const at::Tensor ours = x.is_cpu() ? from_pool(x.sizes(), x.options()) : at::Tensor();
+  return ours.defined() ? ours : at::empty_like(x, at::MemoryFormat::Contiguous);
+}
+
+at::Tensor reused_empty(c10::SymIntArrayRef sizes, const at::TensorOptions& options) {
+  const auto known = c10::asIntArrayRefSlowOpt(sizes);
+  const at::Tensor ours = known && options.device().is_cpu() ? from_pool(*known, options) : at::Tensor();
+  return ours.defined() ? ours : at::empty_symint(sizes, options);
 }
 
 }  // namespace pyalpaca

@@ -12,4 +12,7 @@ namespace pyalpaca {
 // it.
 at::Tensor reused_like(const at::Tensor& x);
 
+// The same, of any shape.
+at::Tensor reused_empty(c10::SymIntArrayRef sizes, const at::TensorOptions& options);
+
 }  // namespace pyalpaca

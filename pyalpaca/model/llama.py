@@ -20,7 +20,7 @@ from pyalpaca.model.dropout import Drop, Dropout, dropper, undropped
 from pyalpaca.model.params import Tree
 from pyalpaca.model.recompute import Again, Recompute, kept, recomputing
 from pyalpaca.model.rope import Rope
-from pyalpaca.ops import flash_attention, rms_norm, rope
+from pyalpaca.ops import flash_attention, linear, rms_norm, rope
 
 
 class LayerCache(NamedTuple):
@@ -34,10 +34,10 @@ class LayerCache(NamedTuple):
 def project(params: Tree, module: str, x: Tensor, config: LlamaConfig, drop: Drop = undropped) -> Tensor:
     """x @ weight.T, plus the LoRA path x @ A.T @ B.T * scale where the tree holds one."""
     weights = params[module]
-    y = F.linear(x, weights["weight"])
+    y = linear(x, weights["weight"])
     if "lora_a" in weights:
         dropped = drop(x, module)
-        y = y + F.linear(F.linear(dropped, weights["lora_a"]), weights["lora_b"]) * config.lora_scale
+        y = y + linear(linear(dropped, weights["lora_a"]), weights["lora_b"]) * config.lora_scale
     return y
 
 
@@ -130,4 +130,4 @@ def forward(
     if last_only:
         x_BSD = x_BSD[:, -1:]
     head_VD = params["embed"] if config.tie_embeddings else params["head"]
-    return F.linear(axis.enter(rms_norm(x_BSD, params["norm"], config.norm_eps)), head_VD)
+    return linear(axis.enter(rms_norm(x_BSD, params["norm"], config.norm_eps)), head_VD)

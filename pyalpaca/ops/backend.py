@@ -16,7 +16,7 @@ from torch import Tensor
 from pyalpaca.ops import cpp, extension, npu, reference
 
 BACKENDS = ("auto", "cpp", "npu", "reference")
-OPERATORS = ("rms_norm", "rope", "flash_attention", "lora_merge")
+OPERATORS = ("rms_norm", "rope", "flash_attention", "lora_merge", "linear")
 
 
 class Backend(Protocol):
@@ -37,6 +37,12 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def lora_merge(self, weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def linear_dx(self, dy: Tensor, weight: Tensor) -> Tensor: ...
+
+    def linear_dweight(self, dy: Tensor, x: Tensor) -> Tensor: ...
 
 
 _MODULES: dict[str, Backend] = {"cpp": cpp, "npu": npu, "reference": reference}

@@ -42,6 +42,21 @@ def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) 
     return merged
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.ops.pyalpaca.linear.default(x, weight)
+    return y
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    dx: Tensor = torch.ops.pyalpaca.linear_dx.default(dy, weight)
+    return dx
+
+
+def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
+    dweight: Tensor = torch.ops.pyalpaca.linear_dweight.default(dy, x)
+    return dweight
+
+
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,18 @@ def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) 
     return reference.lora_merge(weight, factors)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return reference.linear(x, weight)
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    return reference.linear_dx(dy, weight)
+
+
+def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
+    return reference.linear_dweight(dy, x)
+
+
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from pyalpaca.ops.backend import choose
 
@@ -33,6 +34,26 @@ def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) 
     fp32, then scaled and rounded, then added, and the sum is rounded to the dtype of weight before the next pair's turn.
     """
     return choose("lora_merge", weight).lora_merge(weight, factors)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear layer without bias: x weight^T, summed in fp32 or wider, rounded once.
+
+    x (..., K) and weight (N, K), floating dtypes that may differ -> (..., N) in the dtype of x. Differentiable in both.
+    """
+    if has_torch_function_variadic(x, weight):  # a tensor's subclass may take it over, as F.linear lets it
+        return handle_torch_function(linear, (x, weight), x, weight)
+    return choose("linear", x).linear(x, weight)
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `linear` by its input: dy (..., N), weight (N, K) -> (..., K) in the dtype of dy."""
+    return choose("linear", dy).linear_dx(dy, weight)
+
+
+def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `linear` by its weight: dy (..., N) and x (..., K) of one dtype -> (N, K), summed over the rest."""
+    return choose("linear", dy).linear_dweight(dy, x)
 
 
 def flash_attention(

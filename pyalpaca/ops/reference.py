@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,6 +38,21 @@ def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) 
     for b, a, scale in factors:
         weight = (_wide(weight) + (_wide(b) @ _wide(a)) * scale).to(weight.dtype)
     return weight
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in the dtype of x; the weight may be of another one."""
+    return F.linear(x, weight) if x.dtype == weight.dtype else F.linear(_wide(x), _wide(weight)).to(x.dtype)
+
+
+def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `linear` by x: dy weight."""
+    return dy @ weight if dy.dtype == weight.dtype else (_wide(dy) @ _wide(weight)).to(dy.dtype)
+
+
+def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `linear` by the weight: dy^T x, summed over all leading dimensions."""
+    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def flash_attention(

@@ -1,6 +1,6 @@
 """Weight gradients put off: the half of a linear layer's backward pass that no other stage waits for (Qi et al. 2023).
 
-The choice lies in the tree: a leaf that `Deferred.wrap` has wrapped behaves as the leaf itself, only that `F.linear` with it
+The choice lies in the tree: a leaf that `Deferred.wrap` has wrapped behaves as the leaf itself, only that `linear` with it
 gives the gradient of its input in the backward pass, and notes down what the gradient of the weight takes.
 """
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyalpaca.model import Tree, tree_map
+from pyalpaca.ops import linear, linear_dweight, linear_dx
 
 Note = tuple[Tensor, Tensor, Tensor]  # leaf, input, gradient of the output
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear whose backward gives the input's gradient and notes the rest.
+    """`linear` whose backward gives the input's gradient and notes the rest.
 
     The leaf itself takes no part in the graph, so no hook of it is called twice; the anchor keeps the layer in it.
     """
@@ -28,17 +28,17 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor, box: tuple[Tensor], notes: list[Note]) -> Tensor:
         ctx.save_for_backward(x)
         (ctx.leaf,), ctx.notes = box, notes
-        return F.linear(x, ctx.leaf)
+        return linear(x, ctx.leaf)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
         ctx.notes.append((ctx.leaf, x.detach(), grads[0]))
-        return grads[0] @ ctx.leaf if ctx.needs_input_grad[0] else None, None, None, None
+        return linear_dx(grads[0], ctx.leaf) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 class _Weight(Tensor):
-    """Stands for a leaf: `F.linear` puts its gradient off, everything else sees the leaf."""
+    """Stands for a leaf: `linear` puts its gradient off, everything else sees the leaf."""
 
     leaf: Tensor
     deferred: Deferred
@@ -47,7 +47,7 @@ class _Weight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], _Weight):
+        if func is linear and len(args) == 2 and not kwargs and isinstance(args[1], _Weight):
             x, weight = args
             return weight.deferred.linear(_plain(x), weight.leaf)
         with torch._C.DisableTorchFunctionSubclass():
@@ -98,7 +98,7 @@ def give(notes: Sequence[Note]) -> None:
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for leaf, x, grad in notes:
         # The product as autograd itself forms it, so that not one bit differs.
-        part = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        part = linear_dweight(grad, x)
         found[id(leaf)] = leaf, found[id(leaf)][1] + part if id(leaf) in found else part
     for leaf, total in found.values():
         torch.autograd.backward(leaf, total)

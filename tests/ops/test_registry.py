@@ -57,6 +57,13 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (*qkv(torch.float32, 6, 9, 4, 2, grad=True), True, 3, 0.25),
             (*(x.transpose(1, 2) for x in qkv(half, 3, 3, 5, 5)), False, 0, 0.5),
         ],
+        "linear": [
+            (random(2, 3, 8).requires_grad_(), random(5, 8).requires_grad_()),
+            (random(20, 8, dtype=bf16).requires_grad_(), random(8, 6, dtype=bf16).T),
+            (random(4, 8), random(5, 8, dtype=half).requires_grad_()),
+        ],
+        "linear_dx": [(random(2, 3, 5).requires_grad_(), random(5, 8).requires_grad_()), (random(5), random(5, 8, dtype=half))],
+        "linear_dweight": [(random(2, 3, 5).requires_grad_(), random(2, 3, 8).requires_grad_())],
         "lora_merge": [
             (random(6, 9), [random(6, 2)], [random(2, 9)], [0.5]),
             (random(30, 5, dtype=half).T, [random(5, 8), random(5, 3)], [random(8, 30), random(3, 30)], [4.0, 1.0]),
@@ -94,7 +101,7 @@ def test_the_kernels_for_lesser_processors_pass_the_same_tests(lesser: str, monk
     # In bf16 and fp16 (both names hold "float16"), whose conversions are what differs most between processors.
     monkeypatch.setenv("PYALPACA_CPU", lesser)
     here = Path(__file__).parent
-    files = [str(here / f"test_{name}.py") for name in ("rms_norm", "rope", "flash_attention")]
+    files = [str(here / f"test_{name}.py") for name in ("rms_norm", "rope", "flash_attention", "linear")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpp and oracle and float16", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

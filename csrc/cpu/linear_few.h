@@ -1,0 +1,181 @@
+// A few tokens times a large weight: the weight's bytes are read once, as fast as memory gives them.
+//
+// Four rows of the weight at a time, so that a register of x serves four; each is widened on its way to the product.
+#pragma once
+
+#include "cpu/matrix.h"
+
+namespace pyalpaca::cpu::PYALPACA_ISA {
+namespace {
+
+constexpr int kFewRows = 4;
+#ifdef __AVX512F__
+constexpr int kFewTokens = 4;  // that are multiplied at once: 4 x 4 sums in registers
+#else
+constexpr int kFewTokens = 2;
+#endif
+
+struct Int8 {
+  int8_t value;
+};
+
+PYALPACA_INLINE Vec load(const Int8* p) {
+#if defined(__AVX512F__)
+  return as<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+  return as<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i].value);
+  return x;
+#endif
+}
+
+template <class T>
+PYALPACA_INLINE Vec load_end(const T* p, int64_t count) {
+  if constexpr (sizeof(T) > 1) {
+    return load_first(p, count);
+  } else {
+    Int8 row[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) row[i] = p[i];
+    return load(row);
+  }
+}
+
+// kInt4Block numbers from 16 bytes, kLanes at a time.
+constexpr int kInt4Parts = kInt4Block / kLanes;
+PYALPACA_INLINE void load_int4(const uint8_t* p, Vec* to) {
+#if defined(__AVX512F__)
+  // A permutation looks at the low four bits of each index: it is the table of the sixteen values.
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  to[0] = as<Vec>(_mm512_permutexvar_ps(bytes, values));
+  to[1] = as<Vec>(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), four = _mm_set1_epi8(15);
+  const __m128i halves[2] = {_mm_sub_epi8(_mm_and_si128(bytes, four), _mm_set1_epi8(8)),
+                             _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), four), _mm_set1_epi8(8))};
+  for (int h = 0; h < 2; ++h) {
+    to[2 * h] = as<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(halves[h])));
+    to[2 * h + 1] = as<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(halves[h], 8))));
+  }
+#else
+  for (int j = 0; j < kInt4Block / 2; ++j) {
+    to[j / kLanes][j % kLanes] = static_cast<float>((p[j] & 15) - 8);
+    to[(j + kInt4Block / 2) / kLanes][j % kLanes] = static_cast<float>((p[j] >> 4) - 8);
+  }
+#endif
+}
+
+// Sums of x[t] times `rows` lines of floats, over [from, from + count) of the depth.
+template <class T, int rows, int tokens>
+PYALPACA_INLINE void dot(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count,
+                         Vec (&sums)[rows][tokens]) {
+  const auto step = [&](int64_t k, const auto& widened) {
+    Vec right[tokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) right[t] = load(x + t * x_stride + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Vec left = widened(w + r * w_stride + k);
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) sums[r][t] += left * right[t];
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) step(k, [](const T* p) { return load(p); });
+  if (k < count) step(k, [&](const T* p) { return load_end(p, count - k); });
+}
+
+// Lines of integers, whose sums are scaled group by group.
+template <Storage storage, int rows, int tokens>
+PYALPACA_INLINE void dot_scaled(const Matrix& m, int64_t line, const float* x, int64_t x_stride, int64_t depth,
+                                Vec (&sums)[rows][tokens]) {
+  const char* data = static_cast<const char*>(m.data) + line * m.stride;
+  for (int64_t group = 0, k = 0; k < depth; ++group) {
+    const int64_t end = min(k + m.group, depth);
+    Vec parts[rows][tokens] = {};
+    if constexpr (storage == Storage::kInt8) {
+      dot<Int8, rows, tokens>(reinterpret_cast<const Int8*>(data) + k, m.stride, x + k, x_stride, end - k, parts);
+      k = end;
+    } else {
+      for (; k < end; k += kInt4Block) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          Vec left[kInt4Parts];
+          load_int4(reinterpret_cast<const uint8_t*>(data) + r * m.stride + k / 2, left);
+#pragma GCC unroll 4
+          for (int t = 0; t < tokens; ++t) {
+            for (int u = 0; u < kInt4Parts; ++u) parts[r][t] += left[u] * load(x + t * x_stride + k + u * kLanes);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Vec scale = splat(m.scales[(line + r) * m.groups + group]);
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) sums[r][t] += parts[r][t] * scale;
+    }
+  }
+}
+
+template <int rows, int tokens>
+PYALPACA_INLINE void dot_rows(const Matrix& m, int64_t line, const float* x, int64_t x_stride, int64_t depth, float* y,
+                              int64_t y_stride) {
+  Vec sums[rows][tokens] = {};
+  const auto floats = [&](auto type) {
+    using T = typename decltype(type)::type;
+    dot<T, rows, tokens>(static_cast<const T*>(m.data) + line * m.stride, m.stride, x, x_stride, depth, sums);
+  };
+  switch (m.storage) {
+    case Storage::kFloat:
+      floats(Type<float>());
+      break;
+    case Storage::kBFloat16:
+      floats(Type<BFloat16>());
+      break;
+    case Storage::kHalf:
+      floats(Type<Half>());
+      break;
+    case Storage::kInt8:
+      dot_scaled<Storage::kInt8, rows, tokens>(m, line, x, x_stride, depth, sums);
+      break;
+    case Storage::kInt4:
+      dot_scaled<Storage::kInt4, rows, tokens>(m, line, x, x_stride, depth, sums);
+      break;
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int t = 0; t < tokens; ++t) y[t * y_stride + r] = sum(sums[r][t]);
+  }
+}
+
+template <int tokens>
+__attribute__((noinline)) void dot_lines(const Matrix& m, int64_t line, int64_t lines, const float* x, int64_t x_stride,
+                                         int64_t depth, float* y, int64_t y_stride) {
+  if (lines == kFewRows) return dot_rows<kFewRows, tokens>(m, line, x, x_stride, depth, y, y_stride);
+  for (int64_t r = 0; r < lines; ++r) dot_rows<1, tokens>(m, line + r, x, x_stride, depth, y + r, y_stride);
+}
+
+// y[t][r] = the products of `tokens` rows of x and at most kFewRows lines of m. x is zero from `depth` on up to a
+// multiple of kInt4Block.
+inline void few(const Matrix& m, int64_t line, int64_t lines, const float* x, int64_t x_stride, int64_t tokens,
+                int64_t depth, float* y, int64_t y_stride) {
+  for (int64_t t = 0; t < tokens;) {
+    const float* from = x + t * x_stride;
+    float* to = y + t * y_stride;
+    if (kFewTokens >= 4 && tokens - t >= 4) {
+      dot_lines<kFewTokens>(m, line, lines, from, x_stride, depth, to, y_stride);
+      t += kFewTokens;
+    } else if (tokens - t >= 2) {
+      dot_lines<2>(m, line, lines, from, x_stride, depth, to, y_stride);
+      t += 2;
+    } else {
+      dot_lines<1>(m, line, lines, from, x_stride, depth, to, y_stride);
+      t += 1;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyalpaca::cpu::PYALPACA_ISA

@@ -1,0 +1,137 @@
+// linear(x (..., K), weight (N, K)) -> (..., N) like x, and its gradients, which are products of the same kind:
+// linear_dx(dy (..., N), weight) -> (..., K), linear_dweight(dy (..., N), x (..., K)) -> (N, K).
+//
+// The derivative of each of the three is made of the other two, so there is one of any order.
+#include "ops/common.h"
+#include "ops/product.h"
+
+namespace pyalpaca {
+namespace {
+
+void check_operand(const char* name, const Tensor& x) {
+  check_dtype(name, x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, name, " is a scalar, expected (..., width)");
+}
+
+void check_weight(const char* name, const Tensor& weight, const Tensor& x) {
+  check_dtype(name, weight);
+  TORCH_CHECK_VALUE(weight.device() == x.device(), name, " is on ", weight.device(), ", expected ", x.device());
+  TORCH_CHECK_VALUE(weight.dim() == 2, name, " has shape ", weight.sym_sizes(), ", expected a matrix");
+}
+
+// The shape of x with another last dimension.
+c10::SymDimVector with_width(const Tensor& x, const c10::SymInt& width) {
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.back() = width;
+  return sizes;
+}
+
+Tensor meta(const Tensor& x, const Tensor& weight) {
+  check_operand("linear: x", x);
+  check_weight("linear: weight", weight, x);
+  TORCH_CHECK_VALUE(x.sym_size(-1) == weight.sym_size(1), "linear: x has shape ", x.sym_sizes(), " and weight ",
+                    weight.sym_sizes(), ", expected (..., K) and (N, K)");
+  return reused_empty(with_width(x, weight.sym_size(0)), x.options());
+}
+
+Tensor meta_dx(const Tensor& dy, const Tensor& weight) {
+  check_operand("linear_dx: dy", dy);
+  check_weight("linear_dx: weight", weight, dy);
+  TORCH_CHECK_VALUE(dy.sym_size(-1) == weight.sym_size(0), "linear_dx: dy has shape ", dy.sym_sizes(), " and weight ",
+                    weight.sym_sizes(), ", expected (..., N) and (N, K)");
+  return reused_empty(with_width(dy, weight.sym_size(1)), dy.options());
+}
+
+Tensor meta_dweight(const Tensor& dy, const Tensor& x) {
+  check_operand("linear_dweight: dy", dy);
+  check_operand("linear_dweight: x", x);
+  check_same("linear_dweight: dy", dy, "x", x);
+  TORCH_CHECK_VALUE(dy.sym_sizes().slice(0, dy.dim() - 1) == x.sym_sizes().slice(0, x.dim() - 1),
+                    "linear_dweight: dy has shape ", dy.sym_sizes(), " and x ", x.sym_sizes(),
+                    ", expected (..., N) and (..., K)");
+  return reused_empty({dy.sym_size(-1), x.sym_size(-1)}, x.options());
+}
+
+Tensor forward_cpu(const Tensor& x, const Tensor& weight) {
+  const Tensor y = meta(x, weight), lines = lines_of(x), w = last_contiguous(weight);
+  product(matrix(lines), matrix(w), y.numel() / std::max<int64_t>(w.size(0), 1), w.size(0), w.size(1), y);
+  return y;
+}
+
+Tensor dx_cpu(const Tensor& dy, const Tensor& weight) {
+  const Tensor dx = meta_dx(dy, weight), lines = lines_of(dy), w = last_contiguous(weight);
+  product(matrix(lines), transposed(matrix(w)), lines.size(0), w.size(1), w.size(0), dx);
+  return dx;
+}
+
+Tensor dweight_cpu(const Tensor& dy, const Tensor& x) {
+  const Tensor dweight = meta_dweight(dy, x), dy_lines = lines_of(dy), x_lines = lines_of(x);
+  product(transposed(matrix(dy_lines)), transposed(matrix(x_lines)), dy.size(-1), x.size(-1), x_lines.size(0), dweight);
+  return dweight;
+}
+
+template <int which>
+Tensor call(const Tensor& a, const Tensor& b) {
+  constexpr const char* names[] = {"pyalpaca::linear", "pyalpaca::linear_dx", "pyalpaca::linear_dweight"};
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(names[which], "").typed<Tensor(const Tensor&, const Tensor&)>();
+  return op.call(a, b);
+}
+constexpr int kForward = 0, kDx = 1, kDweight = 2;
+
+// In each case the derivative by the first operand, then by the second.
+template <int which>
+struct Differentiable : torch::autograd::Function<Differentiable<which>> {
+  static Tensor forward(AutogradContext* context, const Tensor& a, const Tensor& b) {
+    context->save_for_backward({a, b});
+    at::AutoDispatchBelowADInplaceOrView below;
+    return call<which>(a, b);
+  }
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &a = saved[0], &b = saved[1], &g = gradients[0];
+    Tensor da, db;
+    if (context->needs_input_grad(0)) {
+      if constexpr (which == kForward) da = call<kDx>(g, b);
+      if constexpr (which == kDx) da = call<kForward>(g, b);
+      if constexpr (which == kDweight) da = call<kForward>(b, g);
+    }
+    if (context->needs_input_grad(1)) {
+      if constexpr (which == kForward) db = call<kDweight>(g, a);
+      if constexpr (which == kDx) db = call<kDweight>(a, g);
+      if constexpr (which == kDweight) db = call<kDx>(a, g);
+      db = db.to(b.scalar_type());
+    }
+    return {da, db};
+  }
+};
+
+template <int which>
+Tensor autograd(const Tensor& a, const Tensor& b) {
+  return Differentiable<which>::apply(a, b);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
+  m.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("linear_dx(Tensor dy, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("linear_dweight(Tensor dy, Tensor x) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(pyalpaca, Meta, m) {
+  m.impl("linear", meta);
+  m.impl("linear_dx", meta_dx);
+  m.impl("linear_dweight", meta_dweight);
+}
+TORCH_LIBRARY_IMPL(pyalpaca, CPU, m) {
+  m.impl("linear", forward_cpu);
+  m.impl("linear_dx", dx_cpu);
+  m.impl("linear_dweight", dweight_cpu);
+}
+TORCH_LIBRARY_IMPL(pyalpaca, Autograd, m) {
+  m.impl("linear", autograd<kForward>);
+  m.impl("linear_dx", autograd<kDx>);
+  m.impl("linear_dweight", autograd<kDweight>);
+}
+
+}  // namespace pyalpaca
