@@ -12,7 +12,7 @@ if [[ "${SMOKE:-0}" == 1 ]]; then
     OUTPUT="$SMOKE_DIR/run"
     rm -rf "$OUTPUT" # of an earlier try
     if [[ ! -f "$DATA_PATH"_packed_labels_document.idx ]]; then
-        python -m pyalpaca.demo.make_model --output-dir "$SMOKE_DIR/model" --steps 16 --num-heads 8
+        python -m pyalpaca.demo.make_model --output-dir "$SMOKE_DIR/model" --steps 4 --num-heads 8
         python "$TOOLS/merge_llama_with_chinese_lora_low_mem.py" --base_model "$SMOKE_DIR/model/llama/tiny" --output_type huggingface \
             --lora_model "$SMOKE_DIR/model/chinese-llama-plus,$SMOKE_DIR/model/chinese-alpaca-plus" --output_dir "$MODEL_PATH"
         records="$(python -c 'from pyalpaca.demo.make_model import RECORDS; print(RECORDS)')"

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from pyalpaca.model import LlamaConfig
+from pyalpaca.parallel import Mesh
 from pyalpaca.train import TrainConfig, parse
 from pyalpaca.train.deepspeed_config import deepspeed_config
+from pyalpaca.train.prepare import plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "alpaca"
 TP4_PP2 = "finetune_chinese_llama_alpaca_7_13_33b_tp4_pp2.sh"
 TP1_PP1 = "finetune_chinese_llama_alpaca_7_13_33b_tp1_pp1_deepspeed.sh"
 GENERATE = "generate_alpaca_13B_tp8_pp1.sh"
+SFT = "sft_chinese_alpaca_lora.sh"
+PRETRAIN = "pretrain_chinese_llama_lora.sh"
 
 installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -49,7 +57,28 @@ def test_the_tp1_pp1_recipe_is_the_published_one() -> None:
     assert config.recompute == "full"
 
 
-@pytest.mark.parametrize("name", [TP4_PP2, TP1_PP1, GENERATE])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("sft_lora.toml", (1e-4, 0.03, 0.0, "instruction", 100)),
+        ("pretrain_lora.toml", (2e-4, 0.05, 0.01, "text", 0)),
+    ],
+)
+def test_the_recipes_with_lora_are_the_original_ones(name: str, own: tuple[Any, ...]) -> None:
+    config = recipe(name)
+    assert (config.lr, config.warmup_fraction, config.weight_decay, config.data_type, config.eval_every) == own
+    assert (config.micro_batch_size, config.global_batch_size, config.seq_length, config.epochs) == (1, 8, 512, 1.0)
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (8, 32.0, 0.05)
+    assert (config.lr_schedule, config.min_lr, config.dtype, config.recompute) == ("cosine", 0.0, "fp16", "full")
+    assert (config.log_every, config.save_every, config.keep) == (10, 200, 3)
+    # What learns of a 7B with the merged vocabulary of 49953, and of Alpaca's with one more.
+    for vocabulary, count in ((49953, 429_203_456), (49954, 429_211_648)):
+        model = LlamaConfig(vocabulary, 4096, 11008, 32, 32, 32, 128, 1e-6)
+        setup = plan(model, config, Mesh(torch.device("cpu")))
+        assert sum(math.prod(setup.table[path].shape) for path in setup.trainable) == count
+
+
+@pytest.mark.parametrize("name", [TP4_PP2, TP1_PP1, GENERATE, SFT, PRETRAIN])
 def test_a_script_without_a_model_says_what_to_set(name: str, tmp_path: Path) -> None:
     done = script(name, tmp_path, MODEL_PATH="", SMOKE="0")
     assert done.returncode != 0
@@ -89,7 +118,7 @@ def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [TP4_PP2, pytest.param(TP1_PP1, marks=installed), GENERATE])
+@pytest.mark.parametrize("name", [TP4_PP2, pytest.param(TP1_PP1, marks=installed), GENERATE, SFT, PRETRAIN])
 def test_smoke_runs_every_layout_on_a_tiny_model(name: str, smoke_folder: Path) -> None:
     done = script(name, smoke_folder, SMOKE="1")
     assert done.returncode == 0, done.stderr
