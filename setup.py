@@ -26,6 +26,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip runs this file without its folder on the path
@@ -36,6 +37,7 @@ OLDEST_TORCH = (2, 10)  # has the stable C interface to its thread pool that csr
 TESTED_TORCH = "torch==2.13.0"
 OLDEST_SETUPTOOLS = 77  # knows licences by name
 BUILD_INFO = "_C.build.json"
+MODELLED_SOURCES = ("emu/include", "emu/src", "ascend/kernels", "ascend/tiling", "ascend/launch")
 BUILD_TOOLS = ("cmake", "ninja", "pybind11")
 DEPENDENCIES = [
     "numpy>=1.23",
@@ -249,6 +251,18 @@ class CMakeBuild(build_ext):
         return [str(Path(self.build_lib) / "pyalpaca" / name) for name in names]
 
 
+class BuildPython(build_py):
+    """setuptools' build_py, and into the package the sources that `pyalpaca bench ascend` compiles; a source tree has its own."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in MODELLED_SOURCES:
+            shutil.copytree(ROOT / "csrc" / folder, Path(self.build_lib) / "pyalpaca/_csrc" / folder, dirs_exist_ok=True)
+        shutil.copyfile(ROOT / "csrc/ascend/emulated.cpp", Path(self.build_lib) / "pyalpaca/_csrc/ascend/emulated.cpp")
+
+
 def requirements_of_the_build(torch: Torch | None) -> list[str]:
     """What an isolated build has to bring, because it is not where pyalpaca will be installed."""
     absent = [] if torch else [TESTED_TORCH]
@@ -266,7 +280,7 @@ if __name__ == "__main__":
     extensions = [*(["pyalpaca._C_npu"] if setup_npu.toolkit_asked() is not None else []), "pyalpaca._C"]
     setup(
         ext_modules=[Extension(name, sources=[]) for name in extensions],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
         setup_requires=requirements_of_the_build(torch),
         install_requires=[torch_requirement(torch and check_torch(torch)), *DEPENDENCIES],
     )

@@ -11,6 +11,7 @@ _BENCHMARKS = (
     ("convert", "pyalpaca.bench.convert.run", "merging and converting beside cp and peft: seconds, memory"),
     ("kernels", "pyalpaca.bench.kernels.run", "each operator beside the machine's limits and its peers: time, memory"),
     ("train", "pyalpaca.bench.train.run", "training steps beside transformers: tokens/s, share of the peak, memory"),
+    ("ascend", "pyalpaca.bench.ascend.run", "the kernels for NPUs on a modelled timeline: no NPU needed, none measured"),
 )
 
 

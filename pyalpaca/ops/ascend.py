@@ -18,7 +18,6 @@ from pyalpaca.ops import extension
 
 _BUILD_INFO = Path(__file__).parents[1] / "_C_npu.build.json"
 _REBUILD = "install pyalpaca again where CANN's set_env.sh has been sourced (docs/ascend.md)"
-_HEAD_DIMS = (64, 128)
 
 
 def build_info() -> dict[str, str] | None:
@@ -58,16 +57,20 @@ def refusal(operator: str, x: Tensor) -> str | None:
     trouble = problem()
     if trouble is not None:
         return trouble
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyalpaca::{operator}", "PrivateUse1"):
+    if not _has_kernel(operator):
         return "there is no kernel of ours for it"
+    if operator == "flash_attention" and x.requires_grad and torch.is_grad_enabled() and not _has_kernel(f"{operator}_backward"):
+        return "there is no kernel of ours for its gradient"
     width = x.shape[-1]
     if operator == "rms_norm" and not 1 <= width <= 8192:
         return f"rows are {width} long, our kernel takes up to 8192"
-    if operator == "rope" and (width % 16 != 0 or not 16 <= width <= 128):
+    if operator in ("rope", "flash_attention") and (width % 16 != 0 or not 16 <= width <= 128):
         return f"head_dim is {width}, our kernel takes multiples of 16 up to 128"
-    if operator == "flash_attention" and width not in _HEAD_DIMS:
-        return f"head_dim is {width}, our kernel takes {_HEAD_DIMS[0]} and {_HEAD_DIMS[1]}"
     dtypes = (torch.float16, torch.bfloat16) if operator == "flash_attention" else (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in dtypes:
         return f"the tensors are {x.dtype}, our kernel takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     return None
+
+
+def _has_kernel(operator: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyalpaca::{operator}", "PrivateUse1")

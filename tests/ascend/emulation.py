@@ -1,18 +1,16 @@
-"""Kernels on the emulation of csrc/emu: compiled once for each content, launched on tensors."""
+"""Kernels on the emulation of csrc/emu, launched on tensors."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from pyalpaca.bench.ascend.library import build_library as build_library
 
 ROOT = Path(__file__).resolve().parents[2]
 EMU = ROOT / "csrc/emu"
@@ -27,43 +25,6 @@ class FaultError(Exception):
     @property
     def name(self) -> str:
         return str(self).split(":")[0]
-
-
-def compile_cached(source: Path, flags: Sequence[str], headers: Sequence[Path]) -> Path:
-    """The object file of `source`, made if it was not made from the same bytes before."""
-    key = hashlib.sha256(repr([str(source), *flags]).encode())
-    for file in [source, *headers]:
-        key.update(file.read_bytes())
-    target = BUILD / f"{source.stem}-{key.hexdigest()[:20]}.o"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        command = ["nice", "-n", "5", os.environ.get("CXX", "g++"), *flags, "-c", str(source), "-o", str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{source}: does not compile:\n{done.stderr[:4000]}")
-        partial.rename(target)
-    return target
-
-
-def build_library(sources: Sequence[Path], flags: Sequence[str] = (), headers: Sequence[Path] = ()) -> ctypes.CDLL:
-    """A library of the emulation and `sources`; `headers` are further files that they depend on."""
-    own = sorted([*EMU.glob("include/*.h"), *EMU.glob("include/emu/*.h"), *EMU.glob("src/*.h")])
-    public = [file for file in own if "include" in file.parts]
-    with ThreadPoolExecutor(2) as pool:
-        machine = [pool.submit(compile_cached, file, FLAGS, own) for file in sorted(EMU.glob("src/*.cpp"))]
-        kernels = [pool.submit(compile_cached, file, [*FLAGS, *flags], [*public, *headers]) for file in sources]
-        objects = [job.result() for job in [*machine, *kernels]]
-    name = hashlib.sha256(repr(sorted(map(str, objects))).encode()).hexdigest()[:20]
-    library = BUILD / f"lib-{name}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.so")
-        subprocess.run([os.environ.get("CXX", "g++"), "-shared", *map(str, objects), "-o", str(partial)], check=True)
-        partial.rename(library)
-    loaded = ctypes.CDLL(str(library), mode=getattr(os, "RTLD_LOCAL", 0))
-    loaded.emu_tensor.restype = ctypes.c_uint64
-    loaded.emu_unwritten.restype = ctypes.c_uint64
-    return loaded
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ FILES = {
     "rms_norm.cpp": ("rms_norm",),
     "rms_norm_backward.cpp": ("rms_norm_backward",),
     "rope.cpp": ("rope",),
+    "swiglu.cpp": ("swiglu",),
     "rows.h": ("rms_norm", "rms_norm_backward"),
     "common.h": ("rms_norm", "rms_norm_backward", "rope"),
 }
@@ -30,11 +31,14 @@ INCLUDED = {
     "rms_norm": ("rows.h",),
     "rms_norm_backward": ("rows.h",),
     "rope": (),
+    "swiglu": (),
     "flash_forward": ("flash_cube.h", "flash_tasks.h", "flash_softmax.h", "flash_forward_cube.h", "flash_forward_vector.h"),
 }
 FLAG = re.compile(r"(?:CrossCore)?(?:Set|Wait)Flag(?:<[^;()]*>)?\([^;]*;|(?<!if \()\bPipeBarrier<[^;]*;")
 BUFFER = re.compile(r"(InitBuffer\(\w+, )([^;]*)\);")
 SUBSCRIPT = re.compile(r"(?<=[\w)])\[([^\[\]]*)\]")
+# Arrays of flags and tensors: what stands in their brackets is no offset.
+NUMBERED = re.compile(r"(\w*filled|computed|\w*emptied|read|row|in|out|wide|stride)_?|\w*lanes")
 TAILS = [  # what takes a rest into account, and what does not
     (re.compile(r"tile\.width - column < (\w+) \? tile\.width - column : \w+"), r"\1"),
     (re.compile(r"\w+\.end - row < tile_rows_ \? [^:]* : tile_rows_"), "tile_rows_"),
@@ -48,6 +52,9 @@ TAILS = [  # what takes a rest into account, and what does not
     (re.compile(r"\(core < more \? 1 : 0\)"), "0"),
     (re.compile(r"\(heads_ \+ shape_\.tile_heads - 1\) /"), "heads_ /"),
     (re.compile(r"\(shape_\.tokens \+ shape_\.tile_tokens - 1\) /"), "shape_.tokens /"),
+    (re.compile(r"rows_left < shape_\.tile_rows \? [^:]* : "), ""),
+    (re.compile(r"left < shape_\.tile_columns \? left : "), ""),
+    (re.compile(r"\(shape_\.(width|rows) \+ shape_\.tile_\w+ - 1\) /"), r"shape_.\1 /"),
 ]
 
 FLASH_TAILS = [
@@ -118,7 +125,9 @@ def mutants_of(file: str) -> list[Mutant]:
     for match in SUBSCRIPT.finditer(text):
         before = re.search(r"(\w+)\W*$", text[: match.start()])
         declared = re.fullmatch(r"\d", match[1]) is not None
-        if declared or (before and re.fullmatch(r"(\w*filled|computed|\w*emptied|read|row)_?|\w*lanes", before[1])):
+        if declared or (
+            before and re.fullmatch(r"(\w*filled|computed|\w*emptied|read|row|in|out|wide|stride)_?|\w*lanes", before[1])
+        ):
             continue  # a declaration, or the number of a flag
         add("offset", *match.span(), f"[{match[1]} + 8]")
     for pattern, new in FLASH_TAILS if file in FLASH_FILES else TAILS:
@@ -141,6 +150,8 @@ def source_of(mutant: Mutant, number: int) -> str:
         parts.append(re.sub(r"^PYALPACA_\w+\(\w+, bfloat16_t\)$", "", text, flags=re.M))
     dtypes = ("half",) if mutant.file in FLASH_FILES else ("half", "float")
     names = [f"{kernel}_{dtype}" for kernel in kernels for dtype in dtypes]
+    if "swiglu" in kernels:
+        names += ["swiglu_backward_half", "swiglu_backward_float"]
     if "rms_norm_backward" in kernels:
         names += ["rms_norm_dgamma_half", "rms_norm_dgamma_float"]
     known = [

@@ -7,25 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from emulation import Output, build_library, launch
+from emulation import Output, launch
 from torch import Tensor
+
+from pyalpaca.bench.ascend import library as kernels
+from pyalpaca.bench.ascend.library import kernel_library as kernel_library
 
 KERNELS = Path(__file__).resolve().parents[2] / "csrc/ascend"
 NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
-def kernel_library(more: Sequence[Path] = ()) -> ctypes.CDLL:
-    """The kernels, known by their names, and those in the files `more`."""
-    headers = [*sorted(KERNELS.glob("*/*.h")), *sorted(KERNELS.glob("kernels/*.cpp"))]
-    stand_in = Path(__file__).with_name("stand_in")
-    return build_library([Path(__file__).with_name("kernels.cpp"), *more], [f"-I{stand_in}"], headers)
-
-
 def tiling(library: ctypes.CDLL, name: str, *arguments: int) -> tuple[int, ...]:
     """What the tiling function `name` says: cores first, 0 if it refuses; bytes of unified memory last."""
-    out = (ctypes.c_int64 * 4)()
-    getattr(library, f"tiling_{name}")(*map(ctypes.c_int64, arguments), out)
-    return tuple(out)
+    return kernels.tiling(library, name, *arguments)[:4]
 
 
 def rms_norm(
@@ -152,3 +146,33 @@ def rope(
         library, f"{prefix}rope_{NAMES[qkv.dtype]}", used, arguments, seed, in_place=("k_cache", "v_cache"), inside=inside
     )
     return [out[name] for name in ("q_out", "k_out", "k_cache", "v_cache") if name in out]
+
+
+def swiglu(
+    library: ctypes.CDLL,
+    fused: Tensor,
+    dy: Tensor | None = None,
+    seed: int = 0,
+    cores: int = 8,
+    prefix: str = "",
+    tile: tuple[int, int] | None = None,
+) -> tuple[Tensor, ...]:
+    """y of gate and up, the halves of the rows of `fused` (N, 2 F); with `dy` dgate and dup."""
+    (rows, stride), size, name = fused.shape, fused.element_size(), NAMES[fused.dtype]
+    width = stride // 2
+    used, tile_rows, tile_columns, _ = tiling(library, "swiglu", rows, width, size, int(dy is not None), cores)
+    tile_rows, tile_columns = tile or (tile_rows, tile_columns)
+    result = Output((rows, width), fused.dtype)
+    shape: dict[str, Tensor | Output | int | float | None] = {"rows": rows}
+    shape |= {} if dy is None else {"dy_stride": width}
+    shape |= {"gate_stride": stride, "up_stride": stride, "width": width}
+    shape |= {"tile_rows": tile_rows, "tile_columns": tile_columns}
+    inside = {"up": ("gate", width * size)}
+    if dy is None:
+        out = launch(
+            library, f"{prefix}swiglu_{name}", used, {"gate": fused, "up": None, "y": result, **shape}, seed, inside=inside
+        )
+        return (out["y"],)
+    arguments = {"dy": dy, "gate": fused, "up": None, "dgate": result, "dup": result, **shape}
+    out = launch(library, f"{prefix}swiglu_backward_{name}", used, arguments, seed, inside=inside)
+    return out["dgate"], out["dup"]

@@ -12,6 +12,7 @@ from emulation import FaultError
 from mutants import FILES, Mutant, kernels_of, mutants_of, write_sources
 from npu_kernels import kernel_library, rms_norm, rms_norm_backward, rope
 from test_kernels import EPS, TOLERANCE, angles, assert_near, gradient_oracle, norm_oracle, random
+from test_swiglu import check_swiglu
 
 from pyalpaca.ops import reference
 
@@ -27,6 +28,13 @@ ROPES = [
     ((5, 2), 64, torch.float16, True, (3, 4), 1),
     ((3, 2), 128, torch.float32, False, (4, 5), 5),
     ((4, 4), 64, torch.float16, False, (2, 4), 3),
+]
+# rows, width, type, rows and columns a tile, seed
+GATES = [
+    (13, 100, torch.float16, (4, 100), 1),
+    (13, 100, torch.float32, (4, 100), 5),
+    (7, 600, torch.float16, (2, 256), 3),
+    (5, 600, torch.float32, (1, 256), 7),
 ]
 
 
@@ -68,10 +76,16 @@ def rope_is_right(library: ctypes.CDLL, prefix: str) -> None:
             assert torch.equal(cache, wanted)
 
 
+def swiglu_is_right(library: ctypes.CDLL, prefix: str) -> None:
+    for rows, width, dtype, tile, seed in GATES:
+        check_swiglu(library, rows, width, dtype, seed, cores=2, prefix=prefix, tile=tile)
+
+
 CHECKS: dict[str, Callable[[ctypes.CDLL, str], None]] = {
     "rms_norm": norm_is_right,
     "rms_norm_backward": gradient_is_right,
     "rope": rope_is_right,
+    "swiglu": swiglu_is_right,
 }
 
 

@@ -163,12 +163,17 @@ def test_what_our_kernels_do_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -
         ("rope", (1, 2, 3, 128), torch.bfloat16, None),
         ("rope", (1, 2, 3, 72), torch.bfloat16, "head_dim is 72, our kernel takes multiples of 16 up to 128"),
         ("flash_attention", (1, 2, 3, 128), torch.float16, None),
-        ("flash_attention", (1, 2, 3, 96), torch.float16, "head_dim is 96, our kernel takes 64 and 128"),
+        ("flash_attention", (1, 2, 3, 72), torch.float16, "head_dim is 72, our kernel takes multiples of 16 up to 128"),
         ("flash_attention", (1, 2, 3, 64), torch.float32, "the tensors are torch.float32, our kernel takes float16, bfloat16"),
         ("lora_merge", (2, 2), torch.float32, "there is no kernel of ours for it"),
     ]
     for operator, shape, dtype, expected in cases:
         assert ascend.refusal(operator, torch.empty(shape, dtype=dtype)) == expected
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: not name.endswith("backward"))
+    q = torch.empty(1, 2, 3, 64, dtype=torch.float16, requires_grad=True)
+    assert ascend.refusal("flash_attention", q) == "there is no kernel of ours for its gradient"
+    with torch.no_grad():
+        assert ascend.refusal("flash_attention", q) is None
 
 
 def test_kernels_that_were_not_built_or_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

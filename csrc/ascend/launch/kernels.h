@@ -14,7 +14,11 @@ extern "C" {
   uint32_t aclrtlaunch_rms_norm_dgamma_##type(uint32_t, aclrtStream, void*, void*, int32_t, int32_t, int32_t);         \
   uint32_t aclrtlaunch_rope_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, void*, void*,      \
                                    void*, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
-                                   int64_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
+                                   int64_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);                     \
+  uint32_t aclrtlaunch_swiglu_##type(uint32_t, aclrtStream, void*, void*, void*, int64_t, int64_t, int64_t, int32_t,   \
+                                     int32_t, int32_t);                                                                \
+  uint32_t aclrtlaunch_swiglu_backward_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, int64_t,       \
+                                              int64_t, int64_t, int64_t, int32_t, int32_t, int32_t);
 PYALPACA_DECLARE(half)
 PYALPACA_DECLARE(bfloat16)
 PYALPACA_DECLARE(float)

@@ -151,6 +151,7 @@ void copy_local(Call call, const Local& dst, const Local& src, const Blocks& blo
   if (blocks.count * blocks.length == 0) return;
   Operation operation;
   operation.call = call;
+  operation.cycles = double(blocks.count * ((blocks.length + 255) / 256));
   const uint64_t source_step = blocks.length + blocks.source_gap, target_step = blocks.length + blocks.target_gap;
   for (uint64_t i = 0; i < blocks.count; ++i) {
     operation.reads.push_back(local_access(call, PIPE_V, src, i * source_step, blocks.length));

@@ -34,7 +34,7 @@ void copy_in_fractal(Call call, const Local& dst, const Global& src, const Nd2Nz
     for (int64_t row = 0; row < shape.rows; ++row) {
       const uint64_t from = uint64_t(matrix * shape.source_matrix_stride + row * shape.source_row_stride) * size;
       operation.reads.push_back(global_access(call, PIPE_MTE2, src, from, uint64_t(shape.columns) * size));
-      for (int64_t column = 0; column < shape.columns; column += in_block) {
+      for (int64_t column = 0; column < (machine.recording ? 0 : shape.columns); column += in_block) {
         const uint64_t to = uint64_t(matrix * shape.matrix_stride) * size +
                             uint64_t(column / in_block * shape.column_block_stride + row * shape.row_stride) * 32;
         operation.writes.push_back(local_access(call, PIPE_MTE2, dst, to, 32));
@@ -42,7 +42,7 @@ void copy_in_fractal(Call call, const Local& dst, const Global& src, const Nd2Nz
       }
     }
   }
-  if (pieces.empty()) return;
+  if (operation.reads.empty()) return;
   operation.run = [=, pieces = std::move(pieces)] {
     for (const Piece& piece : pieces) {
       uint8_t* to = bytes_of(*current, Memory::kL1, dst.address + piece.to);
@@ -105,6 +105,7 @@ void multiply(Call call, const Local& dst, const Local& a, const Local& b, Dtype
   Operation operation;
   operation.call = call;
   operation.marks_itself = true;
+  operation.cycles = double(rows * columns * depth);           // 16 x 16 x 16 products each
   operation.settles = !from_zero && (m / 16) * (n / 16) < 10;  // a short one may overtake what it adds to
   operation.reads.push_back(local_access(call, PIPE_M, a, 0, uint64_t(rows * depth * kFractal), false));
   operation.reads.push_back(local_access(call, PIPE_M, b, 0, uint64_t(columns * depth * kFractal), false));
@@ -187,6 +188,10 @@ void fix_out(Call call, const Global& dst, const Local& src, const FixOut& shape
       Access write = global_access(call, PIPE_FIX, dst, to, uint64_t(shape.n) * size);
       write.atomic = core.atomic;
       operation.writes.push_back(write);
+      if (machine.recording) {  // only how much there is
+        operation.reads.push_back({Memory::kL0C, 0, uint64_t(shape.n) * 4});
+        continue;
+      }
       for (int64_t column = 0; column < shape.n; column += 16) {
         const int64_t count = std::min<int64_t>(16, shape.n - column);
         const uint64_t from =
@@ -196,7 +201,7 @@ void fix_out(Call call, const Global& dst, const Local& src, const FixOut& shape
       }
     }
   }
-  if (lines.empty()) return;
+  if (operation.writes.empty()) return;
   operation.run = [=, lines = std::move(lines), atomic = core.atomic] {
     const std::vector<uint8_t>& known = current->stores[int(Memory::kL0C)].known;
     for (const Line& line : lines) {

@@ -29,6 +29,7 @@ void issue_cross_set(const Call& call, int mode, pipe_t pipe, int id) {
 
 void take_cross_flag(const Call& call, int id) {
   Core& core = *current;
+  if (machine.recording) return record_flag(core, Step::kCrossWait, PIPE_S, call, id);
   wait_until(call, [&core, id] { return core.cross[id] > 0; });
   ++machine.time;
   --core.cross[id];
@@ -69,6 +70,7 @@ void set_flag(Call call, HardEvent event, int32_t id, bool of_queue) {
   if (state.outstanding > 0)
     fail(core, call, pipe, "flag-set-twice", event_text(event, id) + " was set and not waited for");
   ++state.outstanding;
+  if (machine.recording) return record_flag(core, Step::kSet, pipe, call, int(event) * 8 + id);
   if (pipe == PIPE_S) {
     tick(core, PIPE_S);
     state.set.push_back(scalar_clock(core));
@@ -90,6 +92,7 @@ void wait_flag(Call call, HardEvent event, int32_t id, bool of_queue) {
   if (state.outstanding == 0)
     fail(core, call, pipe, "flag-unpaired", event_text(event, id) + " is waited for and was not set");
   --state.outstanding;
+  if (machine.recording) return record_flag(core, Step::kWait, pipe, call, int(event) * 8 + id);
   if (pipe == PIPE_S) {
     wait_until(call, [&state] { return !state.set.empty(); });
     ++machine.time;
@@ -113,6 +116,7 @@ void pipe_barrier(Call call, pipe_t pipe) {
     operation.call = call;
     return issue(pipe, std::move(operation));
   }
+  if (machine.recording) return record_flag(core, Step::kBarrier, PIPE_S, call, 0);
   for (int each = 1; each < kPipes; ++each) {
     wait_until(call, [&core, each] { return core.pipes[each].empty(); });
   }

@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "machine.h"
+#include "timeline.h"
 
 namespace emu {
 namespace {
@@ -93,6 +93,65 @@ int emu_launch(const char* name, int type, int blocks, uint64_t seed, const uint
         run_launch(name, {static_cast<AscendC::KernelType>(type), blocks, seed}, [&] { found->second.entry(words); });
   std::snprintf(text, size, "%s", fault.c_str());
   return !fault.empty();
+}
+
+// A tensor that only the timeline reads the place of: its pages stay untouched, and read as zeros.
+uint64_t emu_reserve(const char* name, uint64_t bytes) {
+  void* memory =
+      mmap(nullptr, pages(bytes) + 2 * kGuard, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return 0;
+  const uint64_t begin = reinterpret_cast<uint64_t>(memory) + kGuard;
+  machine.regions.emplace(begin, Region{name, begin, begin + bytes, false, {}});
+  return begin;
+}
+
+// Records a kernel and plays it; 0, or 1 with its fault in `text`. summary: makespan, bytes of HBM, bytes of L2,
+// products of 16 x 16 x 16, cores; then for each core whether it is a vector core, when it ended and how long each pipe
+// was busy.
+static Played played;
+int emu_model(const char* name, int type, int blocks, const uint64_t* words, int num_words, const double* rates,
+              double* summary, char* text, uint64_t size) {
+  machine.recording = true;
+  int failed = emu_launch(name, type, blocks, 0, words, num_words, text, size);
+  machine.recording = false;
+  if (failed) return failed;
+  Rates given;
+  std::memcpy(&given, rates, sizeof(given));
+  try {
+    played = play(given);
+  } catch (const Fault& fault) {
+    std::snprintf(text, size, "%s", fault.text.c_str());
+    return 1;
+  }
+  double products = 0;
+  for (const auto& core : machine.cores) products += core->program.products;
+  double* out = summary;
+  for (const double value :
+       {played.makespan, played.hbm_bytes, played.l2_bytes, products, double(machine.cores.size())})
+    *out++ = value;
+  for (size_t i = 0; i < machine.cores.size(); ++i) {
+    *out++ = machine.cores[i]->vector;
+    *out++ = played.ends[i];
+    for (const double busy : played.busy[i]) *out++ = busy;
+  }
+  return 0;
+}
+
+// What was played on one core: start and end of each entry, its pipe, its line and its call; how many there are.
+uint64_t emu_log(int core, uint64_t capacity, double* times, int32_t* places, const char** calls) {
+  uint64_t count = 0;
+  for (const Played::Entry& entry : played.log) {
+    if (entry.core != core) continue;
+    if (count < capacity) {
+      times[2 * count] = entry.start;
+      times[2 * count + 1] = entry.end;
+      places[2 * count] = entry.pipe;
+      places[2 * count + 1] = entry.call.where.line;
+      calls[count] = entry.call.api;
+    }
+    ++count;
+  }
+  return count;
 }
 
 // For checks of single calls: the memory of the core that runs, as if it had been written.

@@ -231,6 +231,7 @@ std::shared_ptr<const Clock> scalar_clock(Core& core) {
 
 void issue(pipe_t pipe, Operation operation) {
   Core& core = *current;
+  if (machine.recording) return record(core, pipe, operation);
   operation.issued = scalar_clock(core);
   if (core.pipes[pipe].size() > kMostWaiting)
     fail(core, operation.call, pipe, "runaway", "a million operations wait: a loop without an end");

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "emu/core.h"
+#include "program.h"
 
 namespace emu {
 
@@ -65,6 +66,7 @@ struct Operation {
   std::shared_ptr<const Clock> issued;
   HardEvent event{};
   int id = 0, mode = 0;
+  double cycles = 0;  // of the vector and the cube pipe, as published
 };
 
 struct Event {
@@ -122,6 +124,7 @@ struct Core {
   bool finished = false;
   Call blocked{};  // where the scalar pipe waits
   std::string fault;
+  Program program;  // while recording
 };
 
 // Who touched a stretch of global memory last.
@@ -157,6 +160,7 @@ struct Machine {
   std::mt19937_64 random;
   std::array<int, kPipes> order{};  // of preference among pipes
   bool eager = false, shuffled = false;
+  bool recording = false;  // programs for the timeline: nothing is moved or computed
   uint64_t time = 0;
   // of cross-core flags: mode, kind of core, group, id -> core -> what it knew when it arrived
   std::map<std::tuple<int, int, int, int>, std::map<int, std::deque<std::shared_ptr<const Clock>>>> arrivals;
@@ -203,5 +207,12 @@ void cross_arrive(Core& core, const Operation& operation, std::shared_ptr<const 
 std::string run_launch(const std::string& name, const Launch& launch, const std::function<void()>& kernel);
 
 int size_of(Dtype type);
+
+// ---- record.cpp: in place of running, while recording
+void record(Core& core, pipe_t pipe, const Operation& operation);
+void record_flag(Core& core, Step::Kind kind, pipe_t pipe, const Call& call, int id);
+void record_scalar(Core& core, const Call& call, uint64_t address);
+// Cycles of an instruction of the vector pipe on `repeats` times 256 bytes of elements of `size`.
+double vector_cycles(const char* api, int64_t repeats, int size);
 
 }  // namespace emu

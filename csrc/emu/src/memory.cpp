@@ -271,6 +271,10 @@ Access global_access(const Call& call, pipe_t pipe, const Global& tensor, uint64
 void scalar_read(Call call, const Local& at, void* value, uint32_t bytes) {
   check_local(call, PIPE_S, at, bytes);
   const Access access = local_access(call, PIPE_S, at, 0, bytes);
+  if (machine.recording) {
+    std::memset(value, 0, bytes);
+    return record_scalar(*current, call, 0);
+  }
   tick(*current, PIPE_S);
   check_access(*current, call, PIPE_S, access, false);
   std::memcpy(value, bytes_of(*current, access.memory, access.begin), bytes);
@@ -279,6 +283,7 @@ void scalar_read(Call call, const Local& at, void* value, uint32_t bytes) {
 void scalar_write(Call call, const Local& at, const void* value, uint32_t bytes) {
   check_local(call, PIPE_S, at, bytes);
   const Access access = local_access(call, PIPE_S, at, 0, bytes);
+  if (machine.recording) return record_scalar(*current, call, 0);
   tick(*current, PIPE_S);
   check_access(*current, call, PIPE_S, access, true);
   std::memcpy(bytes_of(*current, access.memory, access.begin), value, bytes);
@@ -288,6 +293,10 @@ void scalar_write(Call call, const Local& at, const void* value, uint32_t bytes)
 void scalar_read(Call call, const Global& at, void* value, uint32_t bytes) {
   Core& core = *current;
   const Access access = global_access(call, PIPE_S, at, 0, bytes);
+  if (machine.recording) {
+    std::memcpy(value, reinterpret_cast<void*>(access.begin), bytes);
+    return record_scalar(core, call, access.begin);
+  }
   const uint64_t line = access.begin / 64 * 64;
   if (auto dirty = core.dirty.find(line); dirty != core.dirty.end()) {
     std::memcpy(value, dirty->second.data() + (access.begin - line), bytes);
@@ -309,6 +318,7 @@ void scalar_read(Call call, const Global& at, void* value, uint32_t bytes) {
 void scalar_write(Call call, const Global& at, const void* value, uint32_t bytes) {
   Core& core = *current;
   const Access access = global_access(call, PIPE_S, at, 0, bytes);
+  if (machine.recording) return record_scalar(core, call, access.begin);
   tick(core, PIPE_S);
   check_access(core, call, PIPE_S, access, true);
   const uint64_t line = access.begin / 64 * 64;
@@ -327,6 +337,7 @@ void clean_cache(Call call, const Global& at, bool whole) {
   Core& core = *current;
   const uint64_t address = reinterpret_cast<uint64_t>(at.address);
   if (region_at(address) == nullptr) fail(core, call, PIPE_S, "out-of-bounds", "the address is not inside a tensor");
+  if (machine.recording) return record_scalar(core, call, address);
   ++machine.time;
   for (auto it = core.dirty.begin(); it != core.dirty.end();) {
     if (!whole && it->first != address / 64 * 64) {

@@ -105,6 +105,7 @@ void reduce(Call call, ReduceOp op, ReduceUnit unit, const Local& dst, const Ope
   if (results.empty()) return;
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, lanes_of.repeats, size);
   add_accesses(call, PIPE_V, lanes_of, src, 0, true, operation.reads);
   for (const Result& result : results) operation.writes.push_back(local_access(call, PIPE_V, dst, result.at, item));
   check_disjoint(call, operation.reads, operation.writes);
@@ -143,6 +144,7 @@ void reduce_all(Call call, ReduceOp op, const Local& dst, const Operand& src, co
   if (lanes_of.runs.empty()) return;
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, lanes_of.repeats, size);
   add_accesses(call, PIPE_V, lanes_of, src, 0, true, operation.reads);
   operation.writes.push_back(local_access(call, PIPE_V, dst, 0, with_index ? 2 * size : size));
   // One result of each repeat goes through the scratch, two where an index goes with it.
@@ -179,6 +181,7 @@ void broadcast_blocks(Call call, const Local& dst, const Operand& src, int64_t r
   if (block_stride == 0) block_stride = 1;
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, repeat, size);
   operation.reads.push_back(local_access(call, PIPE_V, src.tensor, 0, uint64_t(repeat) * 8 * size));
   for (int64_t i = 0; i < repeat * 8; ++i) {
     operation.writes.push_back(
@@ -207,6 +210,7 @@ void gather(Call call, const Operand& dst, const Local& src, const Local& offset
   if (lanes_of.runs.empty()) return;
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, lanes_of.repeats, size);
   add_accesses(call, PIPE_V, lanes_of, dst, 0, true, operation.writes);
   for (const Run& run : lanes_of.runs) {
     operation.reads.push_back(
@@ -247,6 +251,7 @@ void compare(Call call, const Local* dst, const Operand& a, const Operand* b, co
   if (lanes_of.runs.empty()) return;
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, lanes_of.repeats, size);
   add_accesses(call, PIPE_V, lanes_of, a, 0, true, operation.reads);
   if (b != nullptr) add_accesses(call, PIPE_V, lanes_of, *b, 1, true, operation.reads);
   if (dst != nullptr)
@@ -275,6 +280,7 @@ void get_compare_register(Call call, const Local& dst) {
   check_local(call, PIPE_V, dst, 16);
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, 1, 4);
   operation.writes.push_back(local_access(call, PIPE_V, dst, 0, 16));
   operation.run = [=] { __builtin_memcpy(unified() + dst.address, current->compare.data(), 16); };
   issue(PIPE_V, std::move(operation));
@@ -295,6 +301,7 @@ void select(Call call, const Operand& dst, const Local& bits, const Operand& a, 
   const bool same_bits = mode == SELMODE::VSEL_CMPMASK_SPR;
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, lanes_of.repeats, size);
   add_accesses(call, PIPE_V, lanes_of, dst, 0, true, operation.writes);
   const Run& last = lanes_of.runs.back();
   const int64_t used =

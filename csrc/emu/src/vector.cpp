@@ -190,6 +190,7 @@ void vector_op(Call call, VectorOp op, const Operand& dst, const Operand* source
 
   Operation operation;
   operation.call = call;
+  operation.cycles = vector_cycles(call.api, work.lanes.repeats, widest);
   add_accesses(call, PIPE_V, work.lanes, dst, 0, true, operation.writes);
   for (int i = 0; i < num_sources; ++i) {
     add_accesses(call, PIPE_V, work.lanes, sources[i], i + 1, true, operation.reads);

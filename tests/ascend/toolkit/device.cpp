@@ -100,8 +100,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 }  // namespace
 
-extern "C" aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo, int64_t* value) {
-  *value = 5;
+extern "C" aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo what, int64_t* value) {
+  *value = what == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 6 : 3;
   return ACL_SUCCESS;
 }
 namespace c10_npu {

@@ -1,20 +1,23 @@
 // The kernels as they are, known to the emulation by name, and their tiling for Python.
-#include "ascend/launch/kernels.h"
-
 #include "ascend/kernels/flash_forward.cpp"
 #include "ascend/kernels/rms_norm.cpp"
 #include "ascend/kernels/rms_norm_backward.cpp"
 #include "ascend/kernels/rope.cpp"
+#include "ascend/kernels/swiglu.cpp"
+#include "ascend/launch/kernels.h"
 #include "ascend/tiling/flash_forward.h"
 #include "ascend/tiling/rms_norm.h"
 #include "ascend/tiling/rope.h"
+#include "ascend/tiling/swiglu.h"
 #include "emu/host.h"
 
 #define KERNELS_OF(type)               \
   EMU_KERNEL(rms_norm_##type)          \
   EMU_KERNEL(rms_norm_backward_##type) \
   EMU_KERNEL(rms_norm_dgamma_##type)   \
-  EMU_KERNEL(rope_##type)
+  EMU_KERNEL(rope_##type)              \
+  EMU_KERNEL(swiglu_##type)            \
+  EMU_KERNEL(swiglu_backward_##type)
 // A launch takes what its kernel takes; a pointer as void*.
 template <typename... Args, typename... Given>
 constexpr bool matches(void (*)(Args...), uint32_t (*)(uint32_t, aclrtStream, Given...)) {
@@ -26,7 +29,9 @@ constexpr bool matches(void (*)(Args...), uint32_t (*)(uint32_t, aclrtStream, Gi
   SAME_ARGUMENTS(rms_norm_##type)          \
   SAME_ARGUMENTS(rms_norm_backward_##type) \
   SAME_ARGUMENTS(rms_norm_dgamma_##type)   \
-  SAME_ARGUMENTS(rope_##type)
+  SAME_ARGUMENTS(rope_##type)              \
+  SAME_ARGUMENTS(swiglu_##type)            \
+  SAME_ARGUMENTS(swiglu_backward_##type)
 LAUNCHES_OF(half)
 LAUNCHES_OF(bfloat16)
 LAUNCHES_OF(float)
@@ -56,6 +61,11 @@ void tiling_rms_norm_backward(int64_t rows, int64_t width, int64_t size, int64_t
 void tiling_dgamma(int64_t parts, int64_t width, int64_t, int64_t, int64_t cores, int64_t* out) {
   const DgammaTiling t = dgamma_tiling(parts, width, cores);
   out[0] = t.cores, out[1] = t.columns;
+}
+void tiling_swiglu(int64_t rows, int64_t width, int64_t size, int64_t backward, int64_t cores, int64_t* out) {
+  const SwigluTiling t = swiglu_tiling(rows, width, size, backward != 0, cores);
+  out[0] = t.cores, out[1] = t.tile_rows, out[2] = t.tile_columns;
+  out[3] = t.cores ? swiglu_bytes(t.tile_rows, t.tile_columns, size, backward ? 3 : 2) : 0;
 }
 void tiling_rope(int64_t tokens, int64_t q_heads, int64_t k_heads, int64_t head_dim, int64_t size, int64_t cache,
                  int64_t cores, int64_t* out) {

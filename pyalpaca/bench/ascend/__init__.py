@@ -1,0 +1,1 @@
+"""What the kernels for NPUs would take, modelled: their instructions played against published rates (docs/ascend.md)."""
