@@ -17,6 +17,7 @@ examples:
   pyalpaca plan --model 13b --tp 4 --pp 2 --micro-batch 2 --global-batch 16 --seq 2048 --recompute full --device ascend910b2
   pyalpaca plan --model alpaca-plus-7b --dp 8 --zero 1 --lora-r 8 --seq 512 --global-batch 64 --output memory.png
   pyalpaca plan --model 33b --devices 16 --global-batch 128 --seq 2048 --search
+  pyalpaca plan --model 13b --config examples/alpaca/finetune_tp4_pp2.toml
 
 A step is predicted from one figure, the share of the device's limits (arithmetic, memory, links) that a run reaches. Its
 default meets the published steps of the 13B on 8 Ascend 910B2 and on 8 A100 within 5 %; give --efficiency what your runs show.
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--model", required=True, metavar="M", help="7b, 13b, 33b, 65b; a model folder of any layout; a config.json")
+    p.add_argument("--config", metavar="TOML", help="settings of a training, instead of flags; flags given beside it win")
     p.add_argument("--vocab-size", type=int, metavar="V", help="vocabulary (default: the folder's; of a size, 49954)")
     layout = p.add_argument_group("layout")
     layout.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default 1)")
@@ -88,7 +90,7 @@ _DEVICES = ("ascend910b1", "ascend910b2", "ascend910b3", "ascend910b4", "a100-40
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; raises ValueError or OSError for bad input."""
-    args = parser().parse_args(argv)
+    args = _parse(argv)
     from pyalpaca.plan import EFFICIENCY, Job, as_json, draw, make_plan, page, search, search_table
 
     if args.devices is not None and not args.search:
@@ -136,6 +138,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             print(f"picture: {args.output}")
     return 0 if plan.fits else 1
+
+
+# What a training calls a setting, where the planner's name is another.
+_NAMES = {
+    **{"micro_batch_size": "micro_batch", "global_batch_size": "global_batch", "seq_length": "seq", "virtual_stages": "chunks"},
+    "layers_per_stage": "layers",
+}
+
+_PLANNED = (
+    *("tp", "cp", "pp", "sequence_parallel", "schedule", "chunks", "layers", "zero", "micro_batch", "global_batch", "seq"),
+    *("pack", "dtype", "recompute", "recompute_every", "lora_r", "lora_targets", "lora_full"),
+)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; with --config a training's settings, and its defaults where the file is silent, stand in for flags."""
+    known = parser()
+    args = known.parse_args(argv)
+    if not args.config:
+        return args
+    import dataclasses
+
+    from pyalpaca.train import TrainConfig, read_toml
+
+    settings = dataclasses.asdict(TrainConfig(**read_toml(args.config)))
+    named = {_NAMES.get(name, name): value for name, value in settings.items()}
+    known.set_defaults(**{name: named[name] for name in _PLANNED})
+    return known.parse_args(argv)
 
 
 def _model(name: str, vocab_size: int | None) -> LlamaConfig:

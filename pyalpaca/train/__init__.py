@@ -6,6 +6,7 @@ from typing import Any
 
 from pyalpaca.train.config import TrainConfig as TrainConfig
 from pyalpaca.train.flags import parse as parse
+from pyalpaca.train.flags import read_toml as read_toml
 from pyalpaca.train.table import markdown_table as markdown_table
 from pyalpaca.train.table import performance_row as performance_row
 from pyalpaca.train.table import throughput as throughput

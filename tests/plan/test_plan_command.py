@@ -62,6 +62,18 @@ def test_a_folder_a_config_and_the_same_sizes_are_the_same_model(
     assert larger["parameters"] == plans[0]["parameters"] + 2 * (200 - 157) * 64
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "alpaca"
+
+
+def test_a_recipe_is_planned_as_its_training_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = found(capsys, f"--model 13b --config {EXAMPLES / 'finetune_tp4_pp2.toml'}")
+    lora = f"{RECIPE} --recompute none --dtype fp16 --lora-r 64"
+    assert recipe == found(capsys, lora)
+    other = found(capsys, f"--model 13b --config {EXAMPLES / 'finetune_tp1_pp1.toml'} --dp 8 --zero 2")
+    assert other == found(capsys, f"{PUBLISHED} --recompute full")
+    assert found(capsys, f"--model 7b --config {EXAMPLES / 'finetune_tp4_pp2.toml'} --seq 512")["layout"]["seq"] == 512
+
+
 def test_a_search_lists_the_fastest_layouts(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--model 13b --devices 8 --global-batch 32 --seq 1024 --search --top 4"
     assert main(arguments.split()) == 0
