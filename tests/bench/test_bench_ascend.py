@@ -105,6 +105,7 @@ def test_kernels_of_the_vector_cores_reach_the_bandwidth(library: ctypes.CDLL, k
     case = CASES[kernel]
     row, _ = run.model(library, kernel, case, B2, case.shapes[0], "bfloat16", False)
     assert row["limit_share"] >= (0.75 if kernel == "rope" else 0.8), row
+    assert row["bound"] == "HBM" and 0.5 < row["limit_share_costs_doubled"] < row["limit_share"]
     assert row["hbm_bytes"] == pytest.approx(case.make(library, B2, case.shapes[0], "bfloat16").amount, rel=0.02)
 
 

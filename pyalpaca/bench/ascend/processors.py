@@ -9,7 +9,7 @@ refresh of HBM, unaligned addresses, the launch itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ class Assumed:
 
 
 ASSUMED = Assumed()
+
+
+def costlier(assumed: Assumed, factor: float) -> Assumed:
+    """The same with every cost `factor` times as high, paths as much narrower: how much rests on what is assumed."""
+    costs = {field.name: getattr(assumed, field.name) * factor for field in fields(assumed)}
+    return Assumed(**costs | {"vector_path": assumed.vector_path / factor, "cube_path": assumed.cube_path / factor})
 
 
 def rates(processor: Processor, assumed: Assumed = ASSUMED) -> list[float]:

@@ -16,12 +16,12 @@ from typing import Any
 from pyalpaca.bench.ascend.cases import CASES, PUBLISHED, Case, Shape
 from pyalpaca.bench.ascend.library import kernel_library
 from pyalpaca.bench.ascend.picture import LABEL, draw, trace
-from pyalpaca.bench.ascend.processors import ASSUMED, PROCESSORS, Processor
+from pyalpaca.bench.ascend.processors import ASSUMED, PROCESSORS, Processor, costlier
 from pyalpaca.bench.ascend.timeline import Timeline, play
 from pyalpaca.bench.machine import rounded
 from pyalpaca.files import atomic_file
 
-_COLUMNS = ("kernel", "processor", "modelled us", "limit", "of the limit", "busiest pipe", "busy", "measured by others")
+_COLUMNS = ("kernel", "processor", "modelled us", "limit", "of the limit", "costs doubled", "bounded by", "measured by others")
 _EPILOG = """examples:
   pyalpaca bench ascend --kernel rms_norm,rope
   pyalpaca bench ascend --kernel flash_forward --soc B2,B4 --shapes 1x2048x16x16x128
@@ -91,10 +91,13 @@ def model(
 ) -> tuple[dict[str, Any], Timeline]:
     """The row of one kernel, and the timeline of its first launch."""
     work = case.make(library, processor, shape, dtype)
+    doubled = sum(play(library, launch, processor, costlier(ASSUMED, 2)).seconds for launch in work.launches)
     timelines = [play(library, launch, processor, entries=entries) for launch in work.launches]
     seconds = sum(timeline.seconds for timeline in timelines)
     longest = max(timelines, key=lambda timeline: timeline.seconds)
     peak = processor.hbm if work.limit == "hbm" else processor.flops
+    busy = {pipe: rounded(share) for pipe, share in longest.busy.items()}
+    busy["HBM"] = rounded(longest.hbm_bytes / longest.seconds / processor.hbm)
     row: dict[str, Any] = {
         "name": f"{name}/{dtype}/{'x'.join(map(str, shape))}",
         "processor": processor.name,
@@ -102,8 +105,9 @@ def model(
         "seconds": rounded(seconds),
         "limit": work.limit,
         "limit_share": rounded(work.amount / seconds / peak),
-        "bound": longest.bound,
-        "busy": {pipe: rounded(share) for pipe, share in longest.busy.items()},
+        "limit_share_costs_doubled": rounded(work.amount / doubled / peak),
+        "bound": max(busy, key=lambda name: busy[name]),
+        "busy": busy,
         "hbm_bytes": sum(timeline.hbm_bytes for timeline in timelines),
         "l2_bytes": sum(timeline.l2_bytes for timeline in timelines),
         "cube_flops": sum(timeline.cube_flops for timeline in timelines),
@@ -124,8 +128,8 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['seconds'] * 1e6:.1f}",
         "1.6 TB/s" if row["limit"] == "hbm" else "cube",
         f"{row['limit_share'] * 100:.0f} %",
-        row["bound"],
-        f"{row['busy'][row['bound']] * 100:.0f} %",
+        f"{row['limit_share_costs_doubled'] * 100:.0f} %",
+        f"{row['bound']}, busy {row['busy'][row['bound']] * 100:.0f} %",
         f"vendor {others['vendor'] * 100:.0f} %, best {others['best_public'] * 100:.0f} %" if others else "-",
     )
 
@@ -150,7 +154,8 @@ def page(result: Mapping[str, Any]) -> str:
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
-            "Assumed, because nobody publishes it (bytes a cycle for paths, else cycles):",
+            "Assumed, because nobody publishes it (bytes a cycle for paths, else cycles); `costs doubled` is the share of the",
+            "limit with all of this twice as costly:",
             "",
             assumed,
             "",

@@ -71,11 +71,6 @@ class Timeline:
     cube_flops: float
     cores: tuple[Core, ...]
 
-    @property
-    def bound(self) -> str:
-        """The pipe that is busy longest."""
-        return max(self.busy, key=lambda pipe: self.busy[pipe])
-
 
 def play(
     library: ctypes.CDLL, launch: Launch, processor: Processor, assumed: Assumed = ASSUMED, *, entries: bool = False
