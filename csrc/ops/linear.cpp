@@ -83,7 +83,9 @@ constexpr int kForward = 0, kDx = 1, kDweight = 2;
 template <int which>
 struct Differentiable : torch::autograd::Function<Differentiable<which>> {
   static Tensor forward(AutogradContext* context, const Tensor& a, const Tensor& b) {
-    context->save_for_backward({a, b});
+    // The derivative by either operand takes the other one: that of a frozen weight would keep the input for nothing.
+    context->save_for_backward({b.requires_grad() ? a : Tensor(), a.requires_grad() ? b : Tensor()});
+    context->saved_data["dtype"] = b.scalar_type();
     at::AutoDispatchBelowADInplaceOrView below;
     return call<which>(a, b);
   }
@@ -100,7 +102,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<which>> {
       if constexpr (which == kForward) db = call<kDweight>(g, a);
       if constexpr (which == kDx) db = call<kDweight>(a, g);
       if constexpr (which == kDweight) db = call<kDx>(a, g);
-      db = db.to(b.scalar_type());
+      db = db.to(context->saved_data["dtype"].toScalarType());
     }
     return {da, db};
   }

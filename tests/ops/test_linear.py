@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from ops_cases import (
@@ -148,3 +150,22 @@ def test_wrong_arguments_are_named() -> None:
             linear_dx(random(2, 3), random(4, 5))
         with pytest.raises(ValueError, match=r"dy has shape \[2, 3\] and x \[3, 5\]"):
             linear_dweight(random(2, 3), random(3, 5))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_only_what_a_gradient_takes_is_kept(name: str) -> None:
+    def kept(x_learns: bool, weight_learns: bool) -> set[str]:
+        """Which operands live on when nobody but the graph holds them."""
+        operands = {"x": random(3, 5).requires_grad_(x_learns) * 1, "weight": random(4, 5).requires_grad_(weight_learns) * 1}
+        held = {key: weakref.ref(operand) for key, operand in operands.items()}
+        with backend(name):
+            y = linear(operands["x"], operands["weight"])
+        del operands
+        found = {key for key, operand in held.items() if operand() is not None}
+        assert y.requires_grad == (x_learns or weight_learns)
+        return found
+
+    assert kept(True, False) == {"weight"}
+    assert kept(False, True) == {"x"}
+    assert kept(True, True) == {"x", "weight"}
+    assert kept(False, False) == set()

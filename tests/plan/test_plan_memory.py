@@ -34,6 +34,7 @@ CASES = [
 CASES += [
     pytest.param(MANY_WORDS, config, id=f"many words {name}") for name, config in {"fp32": FULL, "q, v": NARROW_LORA}.items()
 ]
+CASES.append(pytest.param(replace(WIDE, tie_embeddings=True), FULL, id="tied"))
 
 
 @pytest.mark.parametrize(("model", "config"), CASES)
