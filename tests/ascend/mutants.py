@@ -25,14 +25,30 @@ FLASH_FILES = {
     "flash_softmax.h": ("flash_forward",),
     "flash_forward_cube.h": ("flash_forward",),
     "flash_forward_vector.h": ("flash_forward",),
+    "flash_backward_tasks.h": ("flash_backward", "flash_rows"),
+    "flash_backward_cube.h": ("flash_backward", "flash_rows"),
+    "flash_backward_vector.h": ("flash_backward", "flash_rows"),
+    "flash_rows.cpp": ("flash_backward", "flash_rows"),
+    "flash_decode.cpp": ("flash_decode",),
 }
+_FLASH = ("flash_cube.h", "flash_tasks.h", "flash_softmax.h")
 # What a kernel's own file includes, in this order.
 INCLUDED = {
     "rms_norm": ("rows.h",),
     "rms_norm_backward": ("rows.h",),
     "rope": (),
     "swiglu": (),
-    "flash_forward": ("flash_cube.h", "flash_tasks.h", "flash_softmax.h", "flash_forward_cube.h", "flash_forward_vector.h"),
+    "flash_forward": (*_FLASH, "flash_forward_cube.h", "flash_forward_vector.h"),
+    "flash_backward": (*_FLASH, "flash_backward_tasks.h", "flash_backward_cube.h", "flash_backward_vector.h"),
+    "flash_rows": ("rows.h",),
+    "flash_decode": (*_FLASH, "flash_forward_cube.h", "flash_forward_vector.h"),
+}
+# The kernels in such a file, where there are several.
+SEVERAL = {
+    "swiglu": ("swiglu", "swiglu_backward"),
+    "rms_norm_backward": ("rms_norm_backward", "rms_norm_dgamma"),
+    "flash_rows": ("flash_delta", "flash_round"),
+    "flash_decode": ("flash_decode", "flash_merge"),
 }
 FLAG = re.compile(r"(?:CrossCore)?(?:Set|Wait)Flag(?:<[^;()]*>)?\([^;]*;|(?<!if \()\bPipeBarrier<[^;]*;")
 BUFFER = re.compile(r"(InitBuffer\(\w+, )([^;]*)\);")
@@ -61,19 +77,27 @@ FLASH_TAILS = [
     (re.compile(r"rest < shape_\.kv_tile \? rest : "), ""),
     (re.compile(r"rest < rows \? rest : "), ""),
     (re.compile(r"rows - row < most \? rows - row : "), ""),
+    (re.compile(r"all - part \* side_ < side_ \? [^:]*: "), ""),
+    (re.compile(r"kv_len - key < of\.stack \? [^:]*: "), ""),
+    (re.compile(r"keys_\.q_len - row_ < shape_\.q_block \? [^:]*: "), ""),
+    (re.compile(r"(?:length_ - row|count_ - at) < (\w+) \? [^:]*: \w+"), r"\1"),
+    (re.compile(r"rows_ - row < (\w+) \? [^:]*: \w+"), r"\1"),
+    (re.compile(r"first < 0 \? 0 : first"), "0"),
+    (re.compile(r"if \(!walk\.first\(\)\) SetAtomicAdd<float>\(\);"), ";"),
+    (re.compile(r"in_turn \? more : 0"), "0"),
     (re.compile(r"tile_\.keys - key_ < shape_\.stack \? [^:]*: "), ""),
     (re.compile(r"q_len - row < shape_\.q_tile \? [^:]*: "), ""),
     (re.compile(r"columns - column < (\w+) \? columns - column : \w+"), r"\1"),
     (re.compile(r"\((\w+) \+ [\w.]+ - 1\) / "), r"\1 / "),
-    (re.compile(r"hide_rest\(x, columns, shape\);"), ";"),
-    (re.compile(r"if \(shape_\.causal && [^;]*;"), ";"),
+    (re.compile(r"fill_rest\((?!const)[^;]*;"), ";"),
+    (re.compile(r"if \((?:shape_|of_)\.causal && [^;]*;"), ";"),
     (re.compile(r"if \(kept \+ shape\.rows - 1 <= 0\)"), "if (kept <= 0)"),
     (re.compile(r"rows == 1 \? 2 : rows"), "rows"),
-    (re.compile(r"end < 0 \? 0 : end"), "end"),
+    (re.compile(r"end < 0 \? 0 : end"), "end < 0 ? 1 : end"),
     (re.compile(r"if \(tile\.rows == 1\) [^;]*;"), ";"),
     (re.compile(r"(k\w+Slots = )(?:kAhead \+ 1|2)\b"), r"\1 1"),  # slots that are used again too early
     (re.compile(r"(?<=\w\()now, max, up\);\n"), "now, now, up);\n"),
-    (re.compile(r"safe, now, kLowest, up"), "safe, now, -3.4e38f, up"),
+    (re.compile(r"\bkLowest\b(?=, )"), "minus_infinity()"),
     (re.compile(r"Maxs\(safe, total\[row\], kSmallestSum, up\);"), "Maxs(safe, total[row], 0.0f, up);"),
 ]
 
@@ -149,11 +173,7 @@ def source_of(mutant: Mutant, number: int) -> str:
         text = re.sub(r"^#(?:pragma once|include .*)$", "", text, flags=re.M).replace('extern "C" ', "inline ")
         parts.append(re.sub(r"^PYALPACA_\w+\(\w+, bfloat16_t\)$", "", text, flags=re.M))
     dtypes = ("half",) if mutant.file in FLASH_FILES else ("half", "float")
-    names = [f"{kernel}_{dtype}" for kernel in kernels for dtype in dtypes]
-    if "swiglu" in kernels:
-        names += ["swiglu_backward_half", "swiglu_backward_float"]
-    if "rms_norm_backward" in kernels:
-        names += ["rms_norm_dgamma_half", "rms_norm_dgamma_float"]
+    names = [f"{name}_{dtype}" for kernel in kernels for name in SEVERAL.get(kernel, (kernel,)) for dtype in dtypes]
     known = [
         f'static const emu::Registration r_{name}("m{number}_{name}", [](const uint64_t* w) {{ emu::call_with<{name}>(w, {name}, '
         f"emu::word_indices<{name}>({name})); }}, emu::num_words<{name}>({name}));"

@@ -16,18 +16,44 @@
       int32_t stack, int32_t chunk, float scale) {                                                                    \
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);                                                                \
     AscendC::TPipe pipe;                                                                                              \
-    const pyalpaca_npu::FlashShape shape{                                                                             \
-        batch,    q_len,         kv_len,         q_batch_stride, q_stride,      q_head_stride,    k_batch_stride,     \
-        k_stride, k_head_stride, v_batch_stride, v_stride,       v_head_stride, lse_batch_stride, lse_head_stride,    \
-        q_offset, heads,         kv_heads,       head_dim,       causal,        q_tile,           kv_tile,            \
-        stack,    chunk,         scale};                                                                              \
+    const int64_t width = int64_t{heads} * head_dim;                                                                  \
+    const pyalpaca_npu::FlashShape shape{batch,                                                                       \
+                                         q_len,                                                                       \
+                                         kv_len,                                                                      \
+                                         q_batch_stride,                                                              \
+                                         q_stride,                                                                    \
+                                         q_head_stride,                                                               \
+                                         k_batch_stride,                                                              \
+                                         k_stride,                                                                    \
+                                         k_head_stride,                                                               \
+                                         v_batch_stride,                                                              \
+                                         v_stride,                                                                    \
+                                         v_head_stride,                                                               \
+                                         lse_batch_stride,                                                            \
+                                         lse_head_stride,                                                             \
+                                         q_offset,                                                                    \
+                                         heads,                                                                       \
+                                         kv_heads,                                                                    \
+                                         head_dim,                                                                    \
+                                         causal,                                                                      \
+                                         q_tile,                                                                      \
+                                         kv_tile,                                                                     \
+                                         stack,                                                                       \
+                                         chunk,                                                                       \
+                                         scale,                                                                       \
+                                         q_len * width,                                                               \
+                                         width,                                                                       \
+                                         head_dim,                                                                    \
+                                         0,                                                                           \
+                                         0,                                                                           \
+                                         0};                                                                          \
     if ASCEND_IS_AIC {                                                                                                \
       pyalpaca_npu::FlashForwardCube<T> op(pipe, shape);                                                              \
       op.init(q, k, v, workspace, q_starts, kv_starts);                                                               \
       op.run();                                                                                                       \
     }                                                                                                                 \
     if ASCEND_IS_AIV {                                                                                                \
-      pyalpaca_npu::FlashForwardVector<T> op(pipe, shape);                                                            \
+      pyalpaca_npu::FlashForwardVector<T, T> op(pipe, shape);                                                         \
       op.init(out, lse, workspace, q_starts, kv_starts);                                                              \
       op.run();                                                                                                       \
     }                                                                                                                 \

@@ -9,14 +9,14 @@
 
 namespace pyalpaca_npu {
 
-template <typename T>
+template <typename T, typename Out>  // of the tensors; of the results: T, or float
 class FlashForwardVector {
  public:
   __aicore__ inline FlashForwardVector(TPipe& pipe, const FlashShape& shape)
       : pipe_(pipe), shape_(shape), slots_(shape) {}
 
   __aicore__ inline void init(GM_ADDR out, GM_ADDR lse, GM_ADDR workspace, GM_ADDR q_starts, GM_ADDR kv_starts) {
-    out_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(out));
+    out_.SetGlobalBuffer(reinterpret_cast<__gm__ Out*>(out));
     lse_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(lse));
     core_ = GetBlockIdx() / 2;  // two vector cores beside each cube core
     second_ = GetSubBlockIdx() == 1;
@@ -24,7 +24,7 @@ class FlashForwardVector {
     q_starts_ = q_starts;
     kv_starts_ = kv_starts;
     pipe_.InitBuffer(in_buffer_, 2 * shape_.chunk * sizeof(float));
-    pipe_.InitBuffer(out_buffer_, 2 * shape_.chunk * sizeof(T));
+    pipe_.InitBuffer(out_buffer_, 2 * shape_.chunk * sizeof(Out));
     pipe_.InitBuffer(lse_buffer_, 2 * kMostRows * sizeof(float));
     pipe_.InitBuffer(result_buffer_, first_rows(shape_.q_tile) * shape_.head_dim * sizeof(float));
     pipe_.InitBuffer(lanes_buffer_,
@@ -53,7 +53,7 @@ class FlashForwardVector {
     CreateVecIndex(numbers(kIndex), 0.0f, static_cast<uint32_t>(kMostRows));
     as_blocks(triangle_.rows, numbers(kIndex), kMostRows);
     const int64_t cores = GetBlockNum();
-    if (shape_.causal || shape_.kv_len == 0 || q_starts_ != nullptr) {
+    if (shape_.causal || shape_.kv_len == 0 || kv_starts_ != nullptr) {
       FlashWalk all(shape_, q_starts_, kv_starts_, core_, cores);
       while (all.next_tile()) {
         if (all.tile().keys == 0) store_nothing_seen(all.tile());
@@ -114,10 +114,10 @@ class FlashForwardVector {
     for (int32_t row = 0; row < rows; row += most) {
       const Rows shape{rows - row < most ? rows - row : most, pitch};
       const LocalTensor<float> x = load(scores[(first + row) * shape_.stack], shape.rows, columns, shape_.stack, pitch);
-      hide_rest(x, columns, shape);
+      fill_rest(x, minus_infinity(), columns, shape);
       Muls(x, x, shape_.scale, shape.rows * pitch);
       const int64_t visible = tile.visible + first + row - walk.key();
-      if (shape_.causal && visible < columns) hide_later(x, visible, columns, row, triangle_, shape);
+      if (shape_.causal && visible < columns) hide_later(x, visible, columns, triangle_, shape);
       to_weights(x, walk, row, shape);
       const LocalTensor<T> y = place_out<T>();
       Cast(y, x, RoundMode::CAST_RINT, shape.rows * pitch);
@@ -189,9 +189,12 @@ class FlashForwardVector {
       Div(safe, numbers(kOnes), safe, up);
       as_blocks(blocks_, safe, shape.rows);
       multiply_blocks(result[row * width], blocks_, width, shape);
-      const LocalTensor<T> y = place_out<T>();
+      const LocalTensor<Out> y = place_out<Out>();
       const LocalTensor<float> lse = lse_buffer_.Get<float>()[out_turn_ * kMostRows];
-      Cast(y, result[row * width], RoundMode::CAST_RINT, shape.rows * width);
+      if constexpr (Wide<Out>::needs_cast)
+        Cast(y, result[row * width], RoundMode::CAST_RINT, shape.rows * width);
+      else
+        Adds(y, result[row * width], 0.0f, shape.rows * width);
       // max + ln(sum); a row that has seen an infinity has an infinite one, though its sum is NaN.
       Ln(lse, total[row], up);
       Add(lse, lse, max[row], up);
@@ -206,24 +209,25 @@ class FlashForwardVector {
     const int32_t rows = rows_of(tile), most = most_results();
     for (int32_t row = 0; row < rows; row += most) {
       const int32_t count = rows - row < most ? rows - row : most;
-      const LocalTensor<T> y = place_out<T>();
+      const LocalTensor<Out> y = place_out<Out>();
       const LocalTensor<float> lse = lse_buffer_.Get<float>()[out_turn_ * kMostRows];
-      Duplicate(y.template ReinterpretCast<half>(), half(0.0f), count * shape_.head_dim);
+      constexpr int32_t halves = sizeof(Out) / sizeof(half);  // a zero of any type is as many zeros of half
+      Duplicate(y.template ReinterpretCast<half>(), half(0.0f), count * shape_.head_dim * halves);
       Duplicate(lse, minus_infinity(), kMostRows);
       store(tile, row, count, y, lse);
     }
   }
 
   // Rows of a result, a head apart in memory, and their lse.
-  __aicore__ inline void store(const FlashTile& tile, int32_t row, int32_t rows, const LocalTensor<T>& y,
+  __aicore__ inline void store(const FlashTile& tile, int32_t row, int32_t rows, const LocalTensor<Out>& y,
                                const LocalTensor<float>& lse) {
     const int32_t width = shape_.head_dim, count = stored(tile, row, rows);
     const int64_t at = first_row(tile) + row;
     SetFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
     WaitFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
-    DataCopyPad(out_[tile.out + at * shape_.heads * width], y,
-                DataCopyExtParams(static_cast<uint16_t>(count), static_cast<uint32_t>(width * sizeof(T)), 0,
-                                  static_cast<uint32_t>((shape_.heads - 1) * width * sizeof(T)), 0));
+    DataCopyPad(out_[tile.out + at * shape_.out_stride], y,
+                DataCopyExtParams(static_cast<uint16_t>(count), static_cast<uint32_t>(width * sizeof(Out)), 0,
+                                  static_cast<uint32_t>((shape_.out_stride - width) * sizeof(Out)), 0));
     store_rows(lse_[tile.lse + at], lse, 1, count);
     sent();
   }
@@ -251,7 +255,7 @@ class FlashForwardVector {
   template <typename U>
   __aicore__ inline LocalTensor<U> place_out() {
     WaitFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
-    return out_buffer_.Get<U>()[out_turn_ * shape_.chunk];
+    return out_buffer_.Get<U>()[out_turn_ * shape_.chunk * (sizeof(Out) / sizeof(U))];
   }
   __aicore__ inline void sent() {
     SetFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
@@ -262,7 +266,7 @@ class FlashForwardVector {
   TPipe& pipe_;
   const FlashShape& shape_;
   FlashSlots slots_;
-  GlobalTensor<T> out_;
+  GlobalTensor<Out> out_;
   GlobalTensor<float> lse_;
   GM_ADDR workspace_;
   GM_ADDR q_starts_;

@@ -20,12 +20,12 @@ struct Rows {
   __aicore__ inline uint8_t step() const { return narrow(pitch / kBlock); }
 };
 
-// Columns from `columns` on to the end of their group are -inf.
-__aicore__ inline void hide_rest(const LocalTensor<float>& x, int32_t columns, const Rows& shape) {
+// Columns from `columns` on to the end of their group are `value`.
+__aicore__ inline void fill_rest(const LocalTensor<float>& x, float value, int32_t columns, const Rows& shape) {
   const int32_t group = columns / kLanes * kLanes, kept = columns - group;
   if (kept == 0) return;
   uint64_t lanes[2] = {~uint64_t{0} << kept, 0};
-  Duplicate(x[group], minus_infinity(), lanes, shape.count(), 1, shape.step());
+  Duplicate(x[group], value, lanes, shape.count(), 1, shape.step());
 }
 
 // What a mask needs: lanes 0 to 63, and the number of each row as a block.
@@ -34,8 +34,8 @@ struct Triangle {
   LocalTensor<uint8_t> bits;
 };
 
-// Row i keeps its first `visible` + i columns, the others are -inf. `first_row`: of the block numbers.
-__aicore__ inline void hide_later(const LocalTensor<float>& x, int64_t visible, int32_t columns, int32_t first_row,
+// Row i keeps its first `visible` + i columns, the others are -inf.
+__aicore__ inline void hide_later(const LocalTensor<float>& x, int64_t visible, int32_t columns,
                                   const Triangle& triangle, const Rows& shape) {
   for (int32_t group = 0; group < columns; group += kLanes) {
     const int64_t kept = visible - group;  // of this group, by the first row
@@ -45,7 +45,7 @@ __aicore__ inline void hide_later(const LocalTensor<float>& x, int64_t visible, 
       Duplicate(part, minus_infinity(), static_cast<uint64_t>(kLanes), shape.count(), 1, shape.step());
       continue;
     }
-    Adds(triangle.limits, triangle.rows[first_row * kBlock], static_cast<float>(kept - first_row), shape.rows * kBlock);
+    Adds(triangle.limits, triangle.rows, static_cast<float>(kept), shape.rows * kBlock);
     Compare(triangle.bits, triangle.lanes, triangle.limits, CMPMODE::LT, static_cast<uint64_t>(kLanes), shape.count(),
             BinaryRepeatParams(1, 1, 0, 8, 0, 1));
     uint64_t all[2] = {~uint64_t{0}, 0};

@@ -17,6 +17,8 @@ struct FlashShape {
   int64_t lse_batch_stride, lse_head_stride, q_offset;
   int32_t heads, kv_heads, head_dim, causal, q_tile, kv_tile, stack, chunk;
   float scale;
+  int64_t out_batch_stride, out_stride, out_head_stride;
+  int64_t split, out_split_stride, lse_split_stride;  // keys of a split, 0: a tile sees all its keys at once
 };
 
 // Rows of one head of one sequence, and where their tensors lie, in elements.
@@ -34,6 +36,8 @@ class FlashWalk {
     q_starts_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(q_starts), shape.batch + 1);
     kv_starts_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(kv_starts), shape.batch + 1);
     levels_ = (shape.q_len + shape.q_tile - 1) / shape.q_tile;
+    splits_ = shape.split > 0 && shape.kv_len > 0 ? (shape.kv_len + shape.split - 1) / shape.split : 1;
+    lengths_ = !packed_ && kv_starts != nullptr;  // how many keys each sequence has, in the place of their starts
   }
 
   // To the next stack of keys, of the same tile or of the next one that sees any.
@@ -55,7 +59,7 @@ class FlashWalk {
 
   // To the next tile, whether it sees keys or not.
   __aicore__ inline bool next_tile() {
-    const int64_t total = levels_ * shape_.batch * shape_.heads;
+    const int64_t total = levels_ * splits_ * shape_.batch * shape_.heads;
     while (true) {
       const int64_t place = round_ % 2 == 0 ? core_ : cores_ - 1 - core_, at = round_ * cores_ + place;
       if (round_ * cores_ >= total) return false;
@@ -76,22 +80,31 @@ class FlashWalk {
 
  private:
   __aicore__ inline bool take(int64_t at) {
-    const int64_t level = at / (shape_.batch * shape_.heads), rest = at % (shape_.batch * shape_.heads);
-    const int64_t sequence = rest / shape_.heads, head = rest % shape_.heads;
-    const int64_t q_start = packed_ ? q_starts_.GetValue(sequence) : sequence * shape_.q_len;
-    const int64_t kv_start = packed_ ? kv_starts_.GetValue(sequence) : 0;
+    const int64_t head = at % shape_.heads, sequence = at / shape_.heads % shape_.batch;
+    const int64_t split = at / shape_.heads / shape_.batch % splits_;
+    const int64_t level = at / shape_.heads / shape_.batch / splits_;
+    const int64_t q_start = packed_ ? q_starts_.GetValue(sequence) : 0;
+    const int64_t kv_start = packed_ ? kv_starts_.GetValue(sequence) : split * shape_.split;
     const int64_t q_len = packed_ ? q_starts_.GetValue(sequence + 1) - q_start : shape_.q_len;
-    const int64_t kv_len = packed_ ? kv_starts_.GetValue(sequence + 1) - kv_start : shape_.kv_len;
+    int64_t kv_len = packed_    ? kv_starts_.GetValue(sequence + 1) - kv_start
+                     : lengths_ ? kv_starts_.GetValue(sequence)
+                                : shape_.kv_len;
+    if (shape_.split > 0) {
+      kv_len = kv_len < kv_start ? 0 : kv_len - kv_start;
+      if (kv_len > shape_.split) kv_len = shape_.split;
+    }
     const int64_t row = (levels_ - 1 - level) * shape_.q_tile;
     if (row >= q_len) return false;
     tile_.rows = q_len - row < shape_.q_tile ? static_cast<int32_t>(q_len - row) : shape_.q_tile;
     const int64_t kv_head = head / (shape_.heads / shape_.kv_heads);
-    const int64_t batch = packed_ ? 0 : sequence, q_row = packed_ ? q_start + row : row;
+    const int64_t batch = packed_ ? 0 : sequence, q_row = q_start + row;
     tile_.q = batch * shape_.q_batch_stride + q_row * shape_.q_stride + head * shape_.q_head_stride;
     tile_.k = batch * shape_.k_batch_stride + kv_start * shape_.k_stride + kv_head * shape_.k_head_stride;
     tile_.v = batch * shape_.v_batch_stride + kv_start * shape_.v_stride + kv_head * shape_.v_head_stride;
-    tile_.out = ((q_start + row) * shape_.heads + head) * shape_.head_dim;
-    tile_.lse = batch * shape_.lse_batch_stride + head * shape_.lse_head_stride + q_row;
+    tile_.out = split * shape_.out_split_stride + batch * shape_.out_batch_stride + q_row * shape_.out_stride +
+                head * shape_.out_head_stride;
+    tile_.lse =
+        split * shape_.lse_split_stride + batch * shape_.lse_batch_stride + head * shape_.lse_head_stride + q_row;
     // The last query of a packed sequence sees its last key.
     tile_.visible = row + 1 + shape_.q_offset + (packed_ ? kv_len - q_len : 0);
     const int64_t end = tile_.visible + tile_.rows - 1;
@@ -102,9 +115,9 @@ class FlashWalk {
   const FlashShape& shape_;
   GlobalTensor<int64_t> q_starts_, kv_starts_;
   FlashTile tile_;
-  int64_t core_, cores_, levels_, round_ = 0, key_ = 0;
+  int64_t core_, cores_, levels_, splits_, round_ = 0, key_ = 0;
   int32_t columns_ = 0, number_ = 0, tile_number_ = 0;
-  bool packed_, started_ = false, valid_ = false;
+  bool packed_, lengths_, started_ = false, valid_ = false;
 };
 
 // ---- what the cores of a group hand each other through global memory: slots, and flags that say they are full

@@ -40,4 +40,42 @@ inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, i
                     ", expected above 0; the backend \"reference\" takes any");
 }
 
+// Sequences of one length, or packed side by side.
+struct Sequences {
+  int64_t batch, q_len, kv_len;  // of packed ones the longest
+  Tensor q_starts, kv_starts;    // of packed ones: sequence b has the rows from starts[b] to starts[b + 1]
+};
+
+inline Sequences packed_sequences(const Tensor& q, const Tensor& q_starts, const Tensor& kv_starts, int64_t longest_q,
+                                  int64_t longest_kv) {
+  for (const Tensor& starts : {q_starts, kv_starts}) {
+    TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) >= 2 && starts.sizes() == q_starts.sizes() &&
+                          starts.scalar_type() == at::kLong && starts.device() == q.device(),
+                      "flash_attention_packed: starts are ", starts.scalar_type(), " ", starts.sizes(), " on ",
+                      starts.device(), ", expected int64 (B + 1) on ", q.device(), ", as many for keys as for queries");
+  }
+  return {q_starts.size(0) - 1, longest_q, longest_kv, q_starts.contiguous(), kv_starts.contiguous()};
+}
+
+// How far sequences, tokens and heads are apart, in elements; a single token is as far from the next as it is long.
+struct Lies {
+  int64_t batch, token, head;
+};
+inline Lies lies(const Tensor& x) {
+  return {x.dim() == 3 ? 0 : x.stride(0), x.size(-3) > 1 ? x.stride(-3) : x.size(-1), x.stride(-2)};
+}
+
+struct AttentionPlace {
+  Lies q, k, v;
+  int64_t lse_batch, lse_head;  // lse is (B, H, S), or (H, N) of packed sequences
+};
+inline AttentionPlace attention_place(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences) {
+  const bool packed = sequences.q_starts.defined();
+  return {lies(q), lies(k), lies(v), packed ? 0 : q.size(-2) * sequences.q_len, packed ? q.size(0) : sequences.q_len};
+}
+
+// Attention of one token a sequence over its first `kv_len` keys, or the first lengths[b] of them; flash_decode.cpp.
+std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths,
+                                  int64_t kv_len, double scale);
+
 }  // namespace pyalpaca_npu

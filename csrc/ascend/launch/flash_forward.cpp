@@ -6,11 +6,6 @@
 namespace pyalpaca_npu {
 namespace {
 
-struct Sequences {
-  int64_t batch, q_len, kv_len;  // of packed ones the longest
-  Tensor q_starts, kv_starts;    // of packed ones
-};
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                                    bool causal, int64_t q_offset, double scale) {
   const c10::OptionalDeviceGuard guard(q.device());
@@ -26,21 +21,19 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   TORCH_CHECK(tiling.cores > 0, "flash_attention: no tiling for q of shape ", q.sizes(), " and k ", k.sizes());
   const Tensor from_q = with_near_tokens(q), from_k = with_near_tokens(k), from_v = with_near_tokens(v);
   const Tensor workspace = at::empty({tiling.workspace}, q.options().dtype(at::kByte));
-  const auto batch_stride = [packed](const Tensor& x) { return packed ? int64_t{0} : x.stride(0); };
-  const int64_t lse_batch_stride = packed ? 0 : heads * sequences.q_len;
-  const int64_t lse_head_stride = packed ? q.size(0) : sequences.q_len;
+  const AttentionPlace place = attention_place(from_q, from_k, from_v, sequences);
   const auto kernel = kernel_for_half(q, aclrtlaunch_flash_forward_half, aclrtlaunch_flash_forward_bfloat16);
   enqueue("pyalpaca_flash_forward",
           {from_q, from_k, from_v, sequences.q_starts, sequences.kv_starts, out, lse, workspace},
           [=](aclrtStream stream) {
             return kernel(tiling.cores, stream, address(from_q), address(from_k), address(from_v),
                           address(sequences.q_starts), address(sequences.kv_starts), address(out), address(lse),
-                          address(workspace), sequences.batch, sequences.q_len, sequences.kv_len, batch_stride(from_q),
-                          from_q.stride(-3), from_q.stride(-2), batch_stride(from_k), from_k.stride(-3),
-                          from_k.stride(-2), batch_stride(from_v), from_v.stride(-3), from_v.stride(-2),
-                          lse_batch_stride, lse_head_stride, q_offset, static_cast<int32_t>(heads),
-                          static_cast<int32_t>(kv_heads), static_cast<int32_t>(head_dim), static_cast<int32_t>(causal),
-                          tiling.q_tile, tiling.kv_tile, tiling.stack, tiling.chunk, static_cast<float>(scale));
+                          address(workspace), sequences.batch, sequences.q_len, sequences.kv_len, place.q.batch,
+                          place.q.token, place.q.head, place.k.batch, place.k.token, place.k.head, place.v.batch,
+                          place.v.token, place.v.head, place.lse_batch, place.lse_head, q_offset,
+                          static_cast<int32_t>(heads), static_cast<int32_t>(kv_heads), static_cast<int32_t>(head_dim),
+                          static_cast<int32_t>(causal), tiling.q_tile, tiling.kv_tile, tiling.stack, tiling.chunk,
+                          static_cast<float>(scale));
           });
   return {out, lse};
 }
@@ -48,23 +41,19 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 std::tuple<Tensor, Tensor> flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
                                            int64_t q_offset, double scale) {
   check_attention(q, k, v, 4, scale);
+  if (q.size(1) == 1 && q.size(2) / k.size(2) <= kFlashRows) {  // one row sees the first keys of all
+    const int64_t seen = causal ? std::clamp<int64_t>(q_offset + 1, 0, k.size(1)) : k.size(1);
+    return decode(q, k, v, Tensor(), seen, scale);
+  }
   return forward(q, k, v, {q.size(0), q.size(1), k.size(1), {}, {}}, causal, q_offset, scale);
 }
 
-// q (N, H, d), k and v (M, K, d); sequence b has the rows from starts[b] to starts[b + 1], its last query sees its last
-// key. -> out like q, lse fp32 (H, N)
+// q (N, H, d), k and v (M, K, d); the last query of a sequence sees its last key. -> out like q, lse fp32 (H, N)
 std::tuple<Tensor, Tensor> flash_attention_packed(const Tensor& q, const Tensor& k, const Tensor& v,
                                                   const Tensor& q_starts, const Tensor& kv_starts, int64_t longest_q,
                                                   int64_t longest_kv, bool causal, double scale) {
   check_attention(q, k, v, 3, scale);
-  for (const Tensor& starts : {q_starts, kv_starts}) {
-    TORCH_CHECK_VALUE(starts.dim() == 1 && starts.size(0) >= 2 && starts.sizes() == q_starts.sizes() &&
-                          starts.scalar_type() == at::kLong && starts.device() == q.device(),
-                      "flash_attention_packed: starts are ", starts.scalar_type(), " ", starts.sizes(), " on ",
-                      starts.device(), ", expected int64 (B + 1) on ", q.device(), ", as many for keys as for queries");
-  }
-  return forward(q, k, v, {q_starts.size(0) - 1, longest_q, longest_kv, q_starts.contiguous(), kv_starts.contiguous()},
-                 causal, 0, scale);
+  return forward(q, k, v, packed_sequences(q, q_starts, kv_starts, longest_q, longest_kv), causal, 0, scale);
 }
 
 }  // namespace
