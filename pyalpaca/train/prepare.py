@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pyalpaca.checkpoint import read_native_meta
 from pyalpaca.data import (
     Data,
     InstructionData,
+    PackedData,
     TextData,
     fingerprint,
     open_instruction_data,
@@ -87,8 +89,18 @@ def open_data(config: TrainConfig, vocab_size: int, mesh: Mesh) -> Shares:
     if isinstance(train, InstructionData):
         _check_answers(train, config, mesh)
         if config.pack:
-            train = pack(train, config.seq_length)
+            train = _pack(train, config, mesh)
     return Shares(train, valid, test, fingerprint(whole))
+
+
+def _pack(data: InstructionData, config: TrainConfig, mesh: Mesh) -> PackedData:
+    packed = pack(data, config.seq_length)
+    if mesh.rank == 0:
+        print(
+            f"packed {len(data)} samples into {len(packed)} rows of {config.seq_length} tokens, {packed.filled():.1%} full",
+            file=sys.stderr,
+        )
+    return packed
 
 
 def _check_answers(data: InstructionData, config: TrainConfig, mesh: Mesh) -> None:

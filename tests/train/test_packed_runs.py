@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,10 +79,13 @@ def test_a_run_goes_on_to_the_bit_and_only_with_rows_as_before(road: Path, tmp_p
     assert digest(open_checkpoint(tmp_path / "run")) == digest(open_checkpoint(tmp_path / "never"))
 
 
-def test_an_epoch_counts_rows(road: Path, tmp_path: Path) -> None:
+def test_an_epoch_counts_rows_and_the_run_says_how_full_they_are(
+    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = len(pack(open_instruction_data(road / "data"), LENGTH))
     summary = train(settings(road, tmp_path / "run", pack=True, seq_length=LENGTH, steps=1, epochs=1.0))
     assert summary["steps"] == -(-rows // 8)
+    assert re.search(rf"packed 60 samples into {rows} rows of {LENGTH} tokens, 9\d\.\d% full\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def test_every_layout_goes_on_to_the_bit(wide: TrainConfig, tmp_path: Path, worl
     train(base)
     layouts = {name: replace(base, **changes) for name, (processes, changes) in ALL.items() if processes == world}
     assert layouts
+    evaluated = pytest.approx(records(tmp_path / "alone")[-1]["valid_loss"], abs=1e-5)
     runs = {name: [tmp_path / name / kind for kind in ("never", "stopped", "elsewhere")] for name in layouts}
     launch(world, train_all, [replace(config, output=str(runs[name][0])) for name, config in layouts.items()])
     for never, *others in runs.values():
@@ -88,5 +89,6 @@ def test_every_layout_goes_on_to_the_bit(wide: TrainConfig, tmp_path: Path, worl
         for (key, expected), (_, found) in zip(everything(never), everything(stopped), strict=True):
             assert found == expected, (name, key)
         train(replace(base, output=str(elsewhere), resume=True))
+        assert records(never)[-1]["valid_loss"] == evaluated, name
         for run in (never, elsewhere):
             assert losses(run) == pytest.approx(losses(Path(base.output)), abs=1e-5), (name, run.name)
