@@ -73,4 +73,5 @@ def refusal(operator: str, x: Tensor) -> str | None:
 
 
 def _has_kernel(operator: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyalpaca::{operator}", "PrivateUse1")
+    name = f"pyalpaca::{operator}"
+    return hasattr(torch.ops.pyalpaca, operator) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "PrivateUse1")

@@ -183,3 +183,9 @@ def test_kernels_that_were_not_built_or_for_another_torch(tmp_path: Path, monkey
     (tmp_path / "info.json").write_text('{"torch": "2.5.1", "soc": "ascend910b1"}')
     monkeypatch.setattr(ascend.importlib.util, "find_spec", lambda name: object())
     assert f"built with torch 2.5.1, but torch {torch.__version__} is installed" in str(npu_kernels()[1])
+
+
+def test_an_operator_that_the_extension_lacks_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascend, "problem", lambda: None)
+    for operator in ("rms_norm", "no_such_operator"):  # no kernels for NPUs are loaded here, nor is there such a schema
+        assert ascend.refusal(operator, torch.empty(2, 8)) == "there is no kernel of ours for it"

@@ -138,7 +138,10 @@ class Traffic {
 struct Lane {  // a pipe of a core
   std::vector<uint32_t> steps;
   size_t next = 0, issued = 0;
-  double free = 0, done = 0, started = 0;  // when it can start, when all it did is done, when the present copy started
+  double free = 0, started = 0;  // when it can start; when the present copy started
+  // When what it did is known: to this core, and to others. What leaves a core has left its place there sooner than it
+  // arrives in global memory.
+  double done = 0, arrived = 0;
   bool copying = false;
 };
 
@@ -191,7 +194,7 @@ struct Player {
     for (size_t i = 0; i < states.size(); ++i) {
       State& state = states[i];
       double end = state.clock;
-      for (const Lane& lane : state.lanes) end = std::max({end, lane.free, lane.done});
+      for (const Lane& lane : state.lanes) end = std::max({end, lane.free, lane.arrived});
       if (state.next < state.program->steps.size())
         fail(*machine.cores[i], state.program->steps[state.next].call, PIPE_S, "deadlock", "the timeline stands still");
       result.ends.push_back(end);
@@ -241,7 +244,7 @@ struct Player {
         for (int pipe = 1; pipe < kPipes; ++pipe) {
           const Lane& lane = state.lanes[pipe];
           idle = idle && !lane.copying && lane.next == lane.issued;
-          last = std::max({last, lane.free, lane.done});
+          last = std::max({last, lane.free, lane.arrived});
         }
         if (!idle) break;
         state.clock = last;
@@ -269,10 +272,10 @@ struct Player {
         state.flags[step.id].push_back(std::max(ready, lane.done));
         wake(core, pipes_of(HardEvent(step.id / 8)).target);
       } else if (step.kind == Step::kBarrier) {
-        lane.free = std::max(ready, lane.done);
+        lane.free = std::max(ready, lane.arrived);
       } else if (step.kind == Step::kCrossSet) {
         lane.free = ready;
-        arrive(core, step, std::max(ready, lane.done));
+        arrive(core, step, std::max(ready, lane.arrived));
       } else if (step.num_spans > 0) {
         lane.copying = true;
         lane.started = ready;
@@ -281,7 +284,7 @@ struct Player {
       } else {
         const double start = pipe == PIPE_V ? rates.vector_start : rates.cube_start;
         log(core, pipe, ready, ready + start + step.cycles, step.call);
-        lane.free = lane.done = ready + start + step.cycles;
+        lane.free = lane.done = lane.arrived = ready + start + step.cycles;
       }
       ++lane.next;
     }
@@ -312,7 +315,8 @@ struct Player {
     log(core, pipe, lane.started, now, states[core].program->steps[lane.steps[lane.next]].call);
     lane.copying = false;
     lane.free = now;
-    lane.done = now + rates.copy_latency;
+    lane.arrived = now + rates.copy_latency;
+    lane.done = pipe == PIPE_MTE2 ? lane.arrived : now;
     ++lane.next;
     wake(core, pipe);
   }

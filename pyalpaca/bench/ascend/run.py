@@ -98,6 +98,7 @@ def model(
     peak = processor.hbm if work.limit == "hbm" else processor.flops
     busy = {pipe: rounded(share) for pipe, share in longest.busy.items()}
     busy["HBM"] = rounded(longest.hbm_bytes / longest.seconds / processor.hbm)
+    busy["L2"] = rounded(longest.l2_bytes / longest.seconds / processor.l2)
     row: dict[str, Any] = {
         "name": f"{name}/{dtype}/{'x'.join(map(str, shape))}",
         "processor": processor.name,
