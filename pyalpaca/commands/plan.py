@@ -27,8 +27,8 @@ default meets the published steps of the 13B on 8 Ascend 910B2 and on 8 A100 wit
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="pyalpaca plan",
-        description="Memory per device and part, bytes moved, bubble, step time and utilisation of a training, from the shapes "
-        "of model and layout alone. Status 0 if it fits, 1 if not.",
+        description="Memory per device and part, bytes moved, bubble, step time and utilisation of a training,\n"
+        "from the shapes of model and layout alone. Status 0 if it fits, 1 if not.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

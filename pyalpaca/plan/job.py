@@ -19,8 +19,8 @@ class Job:
 
     tp, cp, pp, dp: sizes of the tensor, context, pipeline and data axes.
     micro_batch, global_batch: samples. seq: tokens a sample. packed: samples share rows. layers: of each (virtual) stage, even
-    if not given. chunks: virtual stages a stage. zero: 0 and 1 are pyalpaca's own, 2 and 3 DeepSpeed's. lora_r 0: all weights
-    learn.
+    if not given. chunks: virtual stages a stage. zero: 0 and 1 are pyalpaca's own, 2 and 3 DeepSpeed's, which keeps
+    two buckets of so many numbers (1e8 as published). lora_r 0: all weights learn.
     """
 
     model: LlamaConfig
@@ -37,6 +37,7 @@ class Job:
     recompute: str = "none"
     recompute_every: int = 1
     zero: int = 0
+    bucket: int = 10**8
     lora_r: int = 0
     lora_targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     lora_full: Sequence[str] = ("embed_tokens", "lm_head")

@@ -10,9 +10,6 @@ from pyalpaca.parallel import simulate
 from pyalpaca.plan.activations import FP32, block_bytes, block_work, head_bytes, head_work, numbers, rotary_bytes
 from pyalpaca.plan.job import Job, local_shape
 
-_DEEPSPEED_BUCKETS = 2 * 10**8
-"""Numbers in the two buckets that DeepSpeed keeps where it overlaps, by the published configuration."""
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -58,7 +55,7 @@ def static_memory(job: Job, stage: int) -> tuple[int, int, int, int]:
     if job.zero >= 2:
         own = -(-learned // job.replicas)
         weights = -(-all_numbers // job.replicas) if job.zero == 3 else all_numbers
-        bucket = _DEEPSPEED_BUCKETS * job.width
+        bucket = 2 * min(job.bucket, learned) * job.width
         # DeepSpeed accumulates in the weights' type and makes fp32 of it for the step.
         return weights * job.width, own * (job.width + (FP32 if job.width < FP32 else 0)), own * state, bucket
     shared = sum(numbers_to_update(p, job) for p in learning)

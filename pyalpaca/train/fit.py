@@ -15,8 +15,8 @@ from pyalpaca.train.deepspeed_config import deepspeed_config
 from pyalpaca.train.prepare import words
 
 
-def planned_job(config: TrainConfig, model: LlamaConfig, replicas: int, zero: int) -> Job:
-    """The job that settings describe; replicas: ranks with the same weights; zero: its stage, or DeepSpeed's."""
+def planned_job(config: TrainConfig, model: LlamaConfig, replicas: int, zero: int, bucket: int = 10**8) -> Job:
+    """The job that settings describe; replicas: ranks with the same weights; zero, bucket: its stage, or DeepSpeed's."""
     return Job(
         model,
         tp=config.tp,
@@ -32,6 +32,7 @@ def planned_job(config: TrainConfig, model: LlamaConfig, replicas: int, zero: in
         recompute=config.recompute,
         recompute_every=config.recompute_every,
         zero=zero,
+        bucket=bucket,
         lora_r=config.lora_r,
         lora_targets=words(config.lora_targets),
         lora_full=words(config.lora_full),
@@ -47,16 +48,16 @@ def check_fits(config: TrainConfig, model: LlamaConfig, mesh: Mesh) -> None:
     On a CPU that is the memory that is free now, which the processes of this machine share. What DeepSpeed may lay off to
     other memory is not checked.
     """
-    zero = config.zero
+    zero, bucket = config.zero, 1
     if config.engine == "deepspeed":
         section = deepspeed_config(config, mesh.dp)["zero_optimization"]
         if any(section.get(key) for key in ("offload_optimizer", "offload_param")):
             return
-        zero = section["stage"]
+        zero, bucket = section["stage"], int(section.get("reduce_bucket_size", 5e8))  # DeepSpeed's own default
     found: str | None = None
     if (memory := device_memory(mesh.device, local_processes())) is not None:
         device = replace(_UNKNOWN, name="this machine" if mesh.device.type == "cpu" else "this device", memory=memory)
-        plan = make_plan(planned_job(config, model, mesh.replicas, zero), device)
+        plan = make_plan(planned_job(config, model, mesh.replicas, zero, bucket), device)
         found = None if plan.fits else reason(plan)
     problems = [problem for problem in gather_objects(found) if problem]
     if problems:
