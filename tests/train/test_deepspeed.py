@@ -234,7 +234,7 @@ def test_what_deepspeed_can_not_serve_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="wants its processes from torchrun"):
         check_deepspeed(setup)
-    with pytest.raises(ValueError, match="data-parallel only, but tp is 2 and pp 1"):
+    with pytest.raises(ValueError, match="data-parallel only, but tp is 2, cp 1 and pp 1"):
         check_deepspeed(replace(setup, mesh=Mesh(cpu, tp=2)))
     with pytest.raises(ValueError, match="zero is given with engine deepspeed"):
         check_deepspeed(replace(setup, config=replace(RECIPE, zero=1)))
