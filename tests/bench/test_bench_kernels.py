@@ -84,6 +84,7 @@ def check_row(row: dict[str, Any]) -> None:
         (["--dtype", "fp32"], r"--dtype fp32: not known; choose from float32, bfloat16, float16"),
         (["--dtype", ""], r"--dtype is empty; choose from float32"),
         (["--op", "lora_merge", "--direction", "bwd"], r"--direction bwd: not known; choose from fwd$"),
+        (["--shapes", ","], r"--shapes is empty; choose from llama7b/2048, "),
         (["--shapes", "llama"], r"--shapes llama: not known; choose from llama7b/2048, .*small/128"),
         (["--peers", "cuda"], r"--peers cuda: not known; choose from plain, compile, "),
         (["--threads", "0"], r"--threads 0: expected at least 1"),
@@ -102,3 +103,13 @@ def test_every_operator_has_a_small_shape_and_a_plain_peer() -> None:
         assert any(label.startswith("small/") for label in operator.shapes), name
         assert "plain" in [peer.name for peer in operator.peers], name
         assert operator.on_request <= set(operator.shapes)
+
+
+@needs_extension
+@pytest.mark.long
+@pytest.mark.parametrize("operator", ["rms_norm", "rope", "flash_attention"])
+def test_no_operator_is_slower_than_plain_torch(operator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--op", operator, "--peers", "plain", "--seconds", "0.1", "--shapes", "llama7b,small"]
+    assert bench.main(["kernels", *arguments]) == 0
+    _, result = last_line(capsys)
+    assert result["rows"] and not [row["name"] for row in result["rows"] if row["vs"]["plain"] < 0.9]

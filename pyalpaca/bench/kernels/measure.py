@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
 from pyalpaca.bench.kernels.device import Call, Device
@@ -24,7 +25,10 @@ _LIMIT = "limit"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: operators, and of each the dtypes, directions, labels of shapes and names of peers that it has."""
+    """What is measured: operators, and of each the dtypes, directions, labels of shapes and names of peers that it has.
+
+    sparing: those peers that take seconds to begin with are measured only once in each direction.
+    """
 
     operators: tuple[Operator, ...]
     dtypes: tuple[str, ...]
@@ -32,6 +36,19 @@ class Plan:
     shapes: Mapping[str, tuple[str, ...]]
     peers: tuple[str, ...]
     budget: Budget = field(default_factory=Budget)
+    sparing: bool = False
+
+    def contestants(self, operator: Operator, label: str, case: Case, direction: str) -> list[Peer]:
+        """The peers of a row."""
+        first = (label, case.dtype) == (next(iter(operator.shapes)), operator.dtypes[0])
+        return [
+            peer
+            for peer in operator.peers
+            if peer.name in self.peers
+            and peer.takes(case, direction)
+            and not peer.missing()
+            and (first or not (self.sparing and peer.compiles))
+        ]
 
     def rows(self, device: str) -> Iterator[tuple[Operator, str, str, str]]:
         """(operator, label, dtype, direction) of each row in the table's order."""
@@ -39,7 +56,7 @@ class Plan:
             if device in operator.devices:
                 for label in self.shapes[operator.name]:
                     for dtype in (d for d in operator.dtypes if d in self.dtypes):
-                        for direction in (d for d in operator.directions if d in self.directions):
+                        for direction in (d for d in operator.directions if d in self.directions and operator.takes(label, d)):
                             yield operator, label, dtype, direction
 
 
@@ -52,28 +69,27 @@ def measure(plan: Plan, device: Device, limits: Limits) -> list[dict[str, Any]]:
             name = f"{operator.name}/{direction}/{dtype}/{label}"
             bar.set_description(name)
             case = Case(operator.shapes[label], dtype, device.name)
-            rows.append(_measure_row(name, plan, operator, case, direction, device, limits))
+            rows.append(_measure_row(name, plan, operator, label, case, direction, device, limits))
     return rows
 
 
 def _measure_row(
-    name: str, plan: Plan, operator: Operator, case: Case, direction: str, device: Device, limits: Limits
+    name: str, plan: Plan, operator: Operator, label: str, case: Case, direction: str, device: Device, limits: Limits
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     inputs, work = operator.make(case), operator.work(case, direction)
     limit, _ = limits.bound(work)
     amount, probe = limits.ways[limit]
     calls, left_out = {_LIMIT: probe, OURS: prepared(operator.ours, inputs, direction)}, {}
-    for peer in operator.peers:
-        if peer.name in plan.peers and peer.takes(case, direction) and not peer.missing():
-            try:
-                call = prepared(peer.build(), peer.prepare(inputs), direction)
-                if peer.compiles:
-                    call()
-                calls[peer.name] = call
-            except RuntimeError as error:  # no memory for it, no compiler, a dtype that it does not know
-                left_out[peer.name] = str(error).strip().split("\n")[0]
-                tqdm.write(f"{name}: {peer.name} is left out, it fails with {left_out[peer.name]}", file=sys.stderr)
+    for peer in plan.contestants(operator, label, case, direction):
+        try:
+            call = prepared(peer.build(), peer.prepare(inputs), direction)
+            if peer.compiles:
+                call()
+            calls[peer.name] = call
+        except RuntimeError as error:  # no memory for it, no compiler, a dtype that it does not know
+            left_out[peer.name] = str(error).strip().split("\n")[0]
+            tqdm.write(f"{name}: {peer.name} is left out, it fails with {left_out[peer.name]}", file=sys.stderr)
     found = take_turns(calls, device, plan.budget)
     least = (work.flops if limit == limits.compute else work.moved) / (amount / found.pop(_LIMIT).seconds)
     return row(name, work, limit, least, found) | ({"left_out": left_out} if left_out else {})
@@ -87,7 +103,7 @@ def prepared(function: Function, inputs: Sequence[Any], direction: str) -> Call:
     if direction == "both":
         return lambda: torch.autograd.grad(*_first_and_gradient(function(*inputs), leaves))
     # A compiled function gives up what it has kept at the first backward unless it is told not to.
-    with torch._functorch.config.patch(donated_buffer=False):  # type: ignore[attr-defined]
+    with functorch_config.patch(donated_buffer=False):  # type: ignore[attr-defined]
         out, _, gradient = _first_and_gradient(function(*inputs), leaves)
     return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
 

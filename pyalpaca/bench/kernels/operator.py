@@ -14,6 +14,7 @@ Function = Callable[..., Any]
 DIRECTIONS = ("fwd", "bwd", "both")
 """Forward without gradients, backward alone, and a forward that keeps what its backward needs with that backward."""
 
+DECODE = frozenset({"llama7b/decode"})
 FLOATS = ("float32", "bfloat16", "float16")
 ITEM_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
 
@@ -63,7 +64,8 @@ class Peer:
     """Someone else's function for the same inputs.
 
     build: imports what it needs and returns the function. prepare: the inputs in the layout that the peer likes best, not timed.
-    needs: modules without which it is left out. compiles: its first call is long for other reasons than the work.
+    needs: modules without which it is left out. compiles: its first call takes seconds for other reasons than the work; unless it
+    is asked for by name, it is measured in the first dtype and shape of an operator alone.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Peer:
         return [name for name in self.needs if find_spec(name) is None]
 
     def takes(self, case: Case, direction: str) -> bool:
+        """Whether it can be measured there at all."""
         suits = self.dtypes is None or case.dtype in self.dtypes
         return suits and case.device in self.devices and direction in self.directions
 
@@ -90,7 +93,7 @@ class Operator:
 
     axes: what the numbers of a shape are, `tokens x width`. formula: the flops and bytes of `work`, in words, for the page.
     make: the inputs of a case; the backward pass gives the gradients of those that ask for one. work: of a case, by direction.
-    on_request: shapes measured only when they are named. devices: where it runs.
+    on_request: shapes measured only when they are named. forward_only: those that nobody trains with. devices: where it runs.
     """
 
     name: str
@@ -104,7 +107,12 @@ class Operator:
     dtypes: tuple[str, ...] = FLOATS
     directions: tuple[str, ...] = ("fwd", "bwd")
     on_request: frozenset[str] = field(default_factory=frozenset)
+    forward_only: frozenset[str] = field(default_factory=frozenset)
     devices: tuple[str, ...] = ("cpu", "npu")
+
+    def takes(self, label: str, direction: str) -> bool:
+        """Whether a shape is measured in a direction."""
+        return direction in self.directions and (direction == "fwd" or label not in self.forward_only)
 
 
 def plain(function: Function) -> Peer:

@@ -115,12 +115,13 @@ def page(result: Mapping[str, Any]) -> str:
         "## What is measured",
         "**Time.** Ours and the peers take turns in one process, the order turned round each time: each empties the caches by "
         "writing to four times the last level, is called once (`cold`), then again and again for 10 ms (`ms`). The numbers are "
-        "medians; the spread is the middle half of the timings over the median. A call longer than 1.5 s is made once. The time "
-        "includes giving up the result, and the page faults of fresh memory: `faults` is how many (ru_minflt) one of our calls "
-        "takes. `times faster than` is the peer's time over ours.",
+        "medians; the spread is the middle half of the timings over the median. A call longer than 0.1 s is made once a round, "
+        "one longer than 0.4 s once in all. The time includes giving up the result, and the page faults of fresh memory: "
+        "`faults` is how many (ru_minflt) one of our calls takes. `times faster than` is the peer's time over ours.",
         "**Share of the limit.** The time that the flops take at the rate of the product, or the bytes at the rate of copying "
-        "(of reading, where less than a tenth as much is written as read), whichever is longer, over the median. The bytes are "
-        "those that must move, each tensor once. With everything in the caches a small shape may pass 100 %.",
+        "(of reading, where less than a tenth as much is written as read), whichever is longer, over the median. That rate is "
+        "measured again in each row, where it takes its turn as the peers do. The bytes are those that must move, each tensor "
+        "once. With everything in the caches a small shape may pass 100 %.",
         "**Memory.** MB is the growth of the resident memory (VmHWM, reset just before) in one call of ours, its result "
         "included, without what was held before, which may be blocks that the operators keep for their results.",
         _table(
@@ -128,8 +129,10 @@ def page(result: Mapping[str, Any]) -> str:
             ([op.name, op.axes, op.formula] for op in (OPERATORS[name] for name in shown if name in OPERATORS)),
         ),
         "**Peers.** plain is the formula in plain torch (`pyalpaca.ops.reference`), compile the same through torch.compile for "
-        "this very shape, functional `F.rms_norm`, sdpa `F.scaled_dot_product_attention` on the memory layout it likes best, "
-        "transformers its own function of the LLaMA model.",
+        "this very shape, measured in the first dtype and shape of an operator unless it is asked for by name. functional are "
+        "torch's own functions (`F.rms_norm`, `F.silu`, `get_total_norm`), sdpa is `F.scaled_dot_product_attention` on the "
+        "memory layout it likes best, fused and foreach are torch's AdamW, torch_bf16 and torch_float32 `F.linear` with "
+        "everything in that dtype beforehand, transformers its own function of the LLaMA model.",
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -34,11 +34,14 @@ def parser() -> argparse.ArgumentParser:
     add("--direction", type=_names, metavar="A,B", help="fwd, bwd, both: one after the other in one call (default: all)")
     add("--shapes", type=_names, metavar="A,B", help="labels such as llama7b/2048, or what they begin with: llama7b, small")
     add(
-        "--peers", type=_names, metavar="A,B", help="plain, compile, sdpa, ... (default: all that are installed; `none` for none)"
+        "--peers",
+        type=_names,
+        metavar="A,B",
+        help="plain, compile, sdpa, ... (default: all that are installed, compile once an operator)",
     )
     add("--threads", type=int, metavar="N", help="threads for ours and for the peers (default: as many as torch takes)")
     add("--device", choices=("cpu", "npu"), help="where to run (default: the NPU if there is one, else the CPU)")
-    add("--seconds", type=float, default=0.4, metavar="S", help="time for each contestant of a row (default: 0.4)")
+    add("--seconds", type=float, default=0.25, metavar="S", help="time for each contestant of a row (default: 0.25)")
     add("--quick", action="store_true", help="seconds in all, not to be quoted: small shapes, few calls, no compile")
     add("--csv", type=Path, metavar="FILE", help="also write the rows as a table of comma-separated values")
     add("--plot", type=Path, metavar="PNG", help="also draw them under the roofline (needs matplotlib)")
@@ -118,6 +121,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     peers = dict.fromkeys(peer.name for op in operators for peer in op.peers)
     asked = ["small"] if args.quick and args.shapes is None else args.shapes
     labels = dict.fromkeys(label for op in operators for label in op.shapes)
+    if asked == []:
+        raise ValueError(f"--shapes is empty; choose from {', '.join(labels)}, or what they begin with")
     for text in asked or []:
         if not any(_begins(label, text) for label in labels):
             raise ValueError(f"--shapes {text}: not known; choose from {', '.join(labels)}, or what they begin with")
@@ -125,7 +130,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         op.name: tuple(
             label
             for label in op.shapes
-            if (label not in op.on_request if asked is None else any(_begins(label, text) for text in asked))
+            if any(text == label or (label not in op.on_request and _begins(label, text)) for text in (asked or [""]))
         )
         for op in operators
     }
@@ -136,6 +141,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         shapes,
         tuple(_peers(args.peers, peers, quick=args.quick)),
         Budget(0.02, 2) if args.quick else Budget(args.seconds),
+        sparing=args.peers is None,
     )
 
 
@@ -161,7 +167,7 @@ def _known(flag: str, asked: Sequence[str] | None, known: Iterable[str]) -> list
 
 
 def _begins(label: str, text: str) -> bool:
-    return label == text or label.startswith(text + "/")
+    return text in ("", label) or label.startswith(text + "/")
 
 
 def _device() -> str:

@@ -80,5 +80,5 @@ FLASH_ATTENTION = Operator(
         Peer("sdpa", lambda: _sdpa, heads_first),
         Peer("torch_npu", _torch_npu, _with_mask, needs=("torch_npu",), devices=("npu",), dtypes=("bfloat16", "float16")),
     ),
-    on_request=frozenset({"llama7b/2048"}),
+    on_request=frozenset({"llama7b/2048", "grouped/1024"}),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work, compiled, plain
+from pyalpaca.bench.kernels.operator import DECODE, Case, Function, Operator, Peer, Work, compiled, plain
 from pyalpaca.ops import reference, rms_norm
 
 EPS = 1e-6
@@ -67,4 +67,5 @@ RMS_NORM = Operator(
         Peer("transformers", _transformers, needs=("transformers",)),
         Peer("torch_npu", _torch_npu, needs=("torch_npu",), devices=("npu",)),
     ),
+    forward_only=DECODE,
 )

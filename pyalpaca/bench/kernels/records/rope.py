@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work, compiled, plain
+from pyalpaca.bench.kernels.operator import DECODE, Case, Function, Operator, Peer, Work, compiled, plain
 from pyalpaca.ops import reference, rope
 
 SHAPES = {
@@ -68,4 +68,5 @@ ROPE = Operator(
         Peer("transformers", _transformers, doubled, needs=("transformers",)),
         Peer("torch_npu", _torch_npu, doubled, needs=("torch_npu",), devices=("npu",)),
     ),
+    forward_only=DECODE,
 )
