@@ -95,7 +95,7 @@ FLASH_TAILS = [
     (re.compile(r"rows == 1 \? 2 : rows"), "rows"),
     (re.compile(r"end < 0 \? 0 : end"), "end < 0 ? 1 : end"),
     (re.compile(r"if \(tile\.rows == 1\) [^;]*;"), ";"),
-    (re.compile(r"(k\w+Slots = )(?:kAhead \+ 1|2)\b"), r"\1 1"),  # slots that are used again too early
+    (re.compile(r"(k\w+Slots = )(?:kAhead \+ 1|kLate)\b"), r"\1 1"),  # slots that are used again too early
     (re.compile(r"(?<=\w\()now, max, up\);\n"), "now, now, up);\n"),
     (re.compile(r"\bkLowest\b(?=, )"), "minus_infinity()"),
     (re.compile(r"Maxs\(safe, total\[row\], kSmallestSum, up\);"), "Maxs(safe, total[row], 0.0f, up);"),

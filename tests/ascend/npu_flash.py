@@ -24,7 +24,7 @@ class Cut:
     chunk: int = 1024
 
     def workspace(self, head_dim: int) -> int:
-        return self.cores * self.q_tile * (3 * self.stack * 4 + 2 * self.stack * 2 + 2 * head_dim * 4)
+        return self.cores * self.q_tile * 3 * (self.stack * 4 + self.stack * 2 + head_dim * 4)
 
 
 SMALL = Cut()

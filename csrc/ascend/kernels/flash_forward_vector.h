@@ -1,5 +1,5 @@
 // A vector core's part of attention, half of a tile's rows: scores to weights (the softmax of Milakov and Gimelshein
-// 2018, kept up from stack to stack), and the values of the stack before added to what the rows have so far.
+// 2018, kept up from stack to stack), and the values of an earlier stack added to what the rows have so far.
 //
 // Scores and values come in through one ring of two places, weights and results go out through another.
 #pragma once
@@ -60,11 +60,11 @@ class FlashForwardVector {
       }
     }
     FlashWalk now(shape_, q_starts_, kv_starts_, core_, cores), before(shape_, q_starts_, kv_starts_, core_, cores);
-    for (now.next(); now.valid(); now.next(), before.next()) {
+    for (int32_t stacks = 0; now.next(); ++stacks) {
       softmax(now);
-      if (before.valid()) add_values(before);
+      if (stacks >= kLag && before.next()) add_values(before);
     }
-    if (before.valid()) add_values(before);
+    while (before.next()) add_values(before);
     for (int32_t i = 0; i < 2; ++i) {
       WaitFlag<HardEvent::V_MTE2>(read_[i]);
       WaitFlag<HardEvent::MTE3_V>(emptied_[i]);
@@ -76,8 +76,8 @@ class FlashForwardVector {
   }
 
  private:
-  // Numbers a row. Maxima and sums of a tile outlive the first stack of the next: two of each.
-  enum : int32_t { kMax = 0, kSum = 2, kRescale = 4, kNow = 6, kSafe, kOnes, kIndex, kNumbers };
+  // Numbers a row. Maxima and sums of a tile outlive the first stacks of the next: kLate of each.
+  enum : int32_t { kMax = 0, kSum = kLate, kRescale = 2 * kLate, kNow = 3 * kLate, kSafe, kOnes, kIndex, kNumbers };
   __aicore__ inline LocalTensor<float> numbers(int32_t which) const {
     return numbers_buffer_.Get<float>()[which * kMostRows];
   }
@@ -106,7 +106,7 @@ class FlashForwardVector {
     weights.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace_ + slots_.weight_slot(walk.number())),
                             shape_.q_tile * shape_.stack);
     if (walk.first()) {
-      const int32_t turn = walk.tile_number() % 2;
+      const int32_t turn = walk.tile_number() % kLate;
       Duplicate(numbers(kMax + turn), minus_infinity(), kMostRows);
       Duplicate(numbers(kSum + turn), 0.0f, kMostRows);
     }
@@ -137,9 +137,9 @@ class FlashForwardVector {
   // kept.
   __aicore__ inline void to_weights(const LocalTensor<float>& x, const FlashWalk& walk, int32_t row,
                                     const Rows& shape) {
-    const int32_t groups = shape.pitch / kLanes, turn = walk.tile_number() % 2, up = round_up(shape.rows, kBlock);
+    const int32_t groups = shape.pitch / kLanes, turn = walk.tile_number() % kLate, up = round_up(shape.rows, kBlock);
     const LocalTensor<float> max = numbers(kMax + turn)[row], total = numbers(kSum + turn)[row];
-    const LocalTensor<float> rescale = numbers(kRescale + walk.number() % 2)[row];
+    const LocalTensor<float> rescale = numbers(kRescale + walk.number() % kLate)[row];
     const LocalTensor<float> now = numbers(kNow), safe = numbers(kSafe), lanes = lanes_buffer_.Get<float>();
     greatest(now, x, groups, lanes, parts_, shape);
     Max(now, now, max, up);
@@ -170,12 +170,12 @@ class FlashForwardVector {
       if (walk.first()) {
         Adds(result[row * width], x, 0.0f, shape.rows * width);
       } else {
-        as_blocks(blocks_, numbers(kRescale + walk.number() % 2)[row], shape.rows);
+        as_blocks(blocks_, numbers(kRescale + walk.number() % kLate)[row], shape.rows);
         rescale_and_add(result[row * width], blocks_, x, width, shape);
       }
       give_back();
     }
-    if (walk.last()) store_results(tile, walk.tile_number() % 2);
+    if (walk.last()) store_results(tile, walk.tile_number() % kLate);
   }
 
   __aicore__ inline void store_results(const FlashTile& tile, int32_t turn) {

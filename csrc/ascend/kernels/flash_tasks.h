@@ -124,7 +124,9 @@ class FlashWalk {
 
 constexpr int32_t kAhead = 2;                // stacks whose scores are computed before their turn
 constexpr int32_t kScoreSlots = kAhead + 1;  // one is read while two are filled
-constexpr int32_t kWeightSlots = 2, kValueSlots = 2;
+constexpr int32_t kLag = 2;                  // stacks whose weights are computed before the values of one are added
+constexpr int32_t kLate = kLag + 1;          // what is kept of as many stacks, or of as many tiles
+constexpr int32_t kWeightSlots = kLate, kValueSlots = kLate;
 constexpr uint16_t kScoresReady = 0, kWeightsReady = 1, kValuesReady = 2;
 
 // Rows of the first of the two vector cores; the second has the rest.

@@ -7,7 +7,7 @@ namespace pyalpaca_npu {
 
 constexpr int64_t kL1Memory = 512 * 1024 - 256, kL0Memory = 64 * 1024, kL0CMemory = 128 * 1024;
 constexpr int64_t kFlashRows = 128, kFlashPart = 128, kFlashStack = 512, kFlashChunk = 8192;
-constexpr int64_t kFlashScoreSlots = 3, kFlashSlots = 2;  // kernels/flash_tasks.h
+constexpr int64_t kFlashScoreSlots = 3, kFlashSlots = 3;  // kernels/flash_tasks.h
 
 struct FlashTiling {
   int32_t cores = 0;  // 0: these shapes can't be served
@@ -26,7 +26,7 @@ inline FlashBytes flash_forward_bytes(const FlashTiling& t, int64_t head_dim) {
   const int64_t half = std::min<int64_t>(t.q_tile, round_up_to(divide_up(t.q_tile, 2), 8));
   const int64_t q = t.q_tile * head_dim, kv = t.kv_tile * head_dim, part = int64_t{t.q_tile} * t.kv_tile;
   return {handed_out({2 * t.chunk * 4, 2 * t.chunk * 2, 2 * 64 * 4, half * head_dim * 4,
-                      std::min<int64_t>(t.chunk, 64 * 64) * 4, 4 * 64 * 8 * 4, 10 * 64 * 4, 64 * 8}),
+                      std::min<int64_t>(t.chunk, 64 * 64) * 4, 4 * 64 * 8 * 4, 13 * 64 * 4, 64 * 8}),
           handed_out({2 * q * 2, 2 * kv * 2, 2 * part * 2, 2 * kv * 2}), handed_out({2 * std::max(q, part) * 2}),
           handed_out({2 * kv * 2}), handed_out({part * 4, q * 4})};
 }
