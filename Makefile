@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := constraints.txt pyproject.toml setup.py setup_npu.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help setup demo test test-all lint format check-vectors check-ascend clean
+.PHONY: help setup demo test test-all lint format check-vectors check-ascend sanitize clean
 
 help:
 	@echo "make demo      set up, then walk the whole road on a small model"
@@ -14,6 +14,7 @@ help:
 	@echo "make format    bring every file into the house's form"
 	@echo "make check-vectors VECTORS=FILE  replay recorded Ascend C calls on the emulation"
 	@echo "make check-ascend  compile the NPU's host code against torch_npu's headers (downloaded once), install for a simulated NPU"
+	@echo "make sanitize  the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, the kernels under ThreadSanitizer"
 	@echo "make clean     remove the environment and all that was built"
 
 setup: .venv/.ready
@@ -50,6 +51,10 @@ check-vectors: setup
 check-ascend: setup
 	$(BIN)/python tests/ascend/check_headers.py
 	$(BIN)/python -m pytest tests/ascend/test_npu_build.py
+
+sanitize: setup
+	$(BIN)/python tests/ops/sanitize.py address
+	$(BIN)/python tests/ops/sanitize.py thread
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,8 @@
 
 #include "cpu/bandwidth.h"
 #include "cpu/kernels.h"
+#include "ops/memory.h"
+#include "ops/pool.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "pyalpaca's compiled operators, registered as torch.ops.pyalpaca.*";
@@ -30,4 +32,6 @@ PYBIND11_MODULE(_C, m) {
         return pyalpaca::cpu::read_memory(reinterpret_cast<const void*>(from), bytes);
       },
       "Read bytes at an address on torch's threads, the exclusive or of their words: the limit of a benchmark.");
+  m.def("reuse_memory", &pyalpaca::reuse_memory, "Let torch's tensors on the CPU come from the pool, or not any more.");
+  m.def("idle_memory", [] { return pyalpaca::pool().idle(); }, "Bytes that lie idle in the pool.");
 }

@@ -8,6 +8,10 @@ namespace pyalpaca::cpu::PYALPACA_ISA {
 void rms_norm(const RmsNorm& a);
 void rms_norm_backward(const RmsNormBackward& a);
 void rope(const Rope& a);
+void swiglu(const Swiglu& a);
+void swiglu_backward(const SwigluBackward& a);
+void adamw(const Adamw& a);
+void sum_of_squares(const SumOfSquares& a);
 void flash_attention(const FlashAttention& a);
 void flash_attention_backward(const FlashAttentionBackward& a);
 void lora_merge(const LoraMerge& a);

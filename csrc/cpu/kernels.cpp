@@ -28,6 +28,10 @@ namespace {
       isa::rms_norm,                 \
       isa::rms_norm_backward,        \
       isa::rope,                     \
+      isa::swiglu,                   \
+      isa::swiglu_backward,          \
+      isa::adamw,                    \
+      isa::sum_of_squares,           \
       isa::flash_attention,          \
       isa::flash_attention_backward, \
       isa::lora_merge,               \

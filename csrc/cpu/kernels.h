@@ -24,24 +24,29 @@ struct Matrix {
   int64_t group = 1, groups = 0;  // a group: so many numbers of a line, the last one perhaps fewer
 };
 
-// y = weight * x * rstd, rstd = 1 / sqrt(mean(x^2) + eps), row by row.
+// y = weight * h * rstd, rstd = 1 / sqrt(mean(h^2) + eps), row by row; h = x, or x + residual rounded to their type.
 struct RmsNorm {
-  Dtype dtype;  // of x and y
+  Dtype dtype;  // of x, residual, y and sum
   const void* x;
-  int64_t x_stride;     // between rows
+  int64_t x_stride;      // between rows
+  const void* residual;  // null: there is none, and no sum
+  int64_t residual_stride;
   const float* weight;  // (width)
   void* y;              // (rows, width)
+  void* sum;            // h, (rows, width)
   float* rstd;          // (rows)
   int64_t rows, width;
   float eps;
 };
 
 struct RmsNormBackward {
-  Dtype dtype;  // of x, dy and dx
-  const void* x;
+  Dtype dtype;    // of x, dy, dsum and dx
+  const void* x;  // h of the forward pass
   int64_t x_stride;
   const void* dy;
   int64_t dy_stride;
+  const void* dsum;  // added to dx; null: there is none
+  int64_t dsum_stride;
   const float* weight;
   const float* rstd;
   void* dx;        // (rows, width)
@@ -49,16 +54,84 @@ struct RmsNormBackward {
   int64_t rows, width, parts;
 };
 
-// Rotates the pairs (x[i], x[i + head_dim / 2]) by the angle of token and i, or back if `inverse`.
-struct Rope {
+// y = silu(gate) * up, silu(x) = x / (1 + exp(-x))
+struct Swiglu {
   Dtype dtype;
+  const void *gate, *up;
+  int64_t gate_stride, up_stride;  // between rows
+  void* y;                         // (rows, width)
+  int64_t rows, width;
+};
+
+struct SwigluBackward {
+  Dtype dtype;
+  const void *dy, *gate, *up;
+  int64_t dy_stride, gate_stride, up_stride;
+  void *dgate, *dup;  // (rows, width)
+  int64_t rows, width;
+};
+
+// Heads of every token: (batch, tokens, heads, head_dim), from x to y.
+struct RopeHeads {
   const void* x;
   int64_t x_batch, x_token, x_head;
-  const float *cos, *sin;  // (tokens, head_dim / 2) per batch entry
-  int64_t angle_batch;     // 0: the same angles for the whole batch
-  void* y;                 // (batch, tokens, heads, head_dim)
-  int64_t batch, tokens, heads, head_dim;
+  void* y;        // contiguous
+  int64_t heads;  // 0: there are none
+};
+
+// What goes to row slots[token] of the caches: k as turned, and v as it is. A negative slot stores nothing.
+struct RopeStore {
+  const int64_t* slots;  // (batch, tokens); null: nothing is stored
+  const void* v;
+  int64_t v_batch, v_token, v_head;
+  void *k_cache, *v_cache;  // (slots, heads of k, head_dim)
+};
+
+// Rotates the pairs (x[i], x[i + head_dim / 2]) of q and k by the angle of token and i, or back if `inverse`.
+struct Rope {
+  Dtype dtype;
+  RopeHeads q, k;
+  const float *cos, *sin;    // (tokens, head_dim / 2) per batch entry, or (positions, head_dim / 2)
+  int64_t angle_batch;       // 0: the same angles for the whole batch
+  const int64_t* positions;  // (batch, tokens), the angles' row of each token; null: the token itself
+  int64_t batch, tokens, head_dim;
   bool inverse;
+  RopeStore store;
+};
+
+// Lists of tensors are worked on in pieces of so many elements, whatever the number of threads.
+constexpr int64_t kPiece = 32768;
+inline constexpr int64_t pieces_of(int64_t count) { return (count + kPiece - 1) / kPiece; }
+
+struct AdamwTensor {
+  float *weight, *mean, *square;  // the fp32 weight and its two moments
+  const void* gradient;
+  Dtype gradient_type;
+  void* copy;  // the weight again in copy_type, or null
+  Dtype copy_type;
+  int64_t count;
+  double decay;
+};
+
+// One step of AdamW on each tensor; `step` counts from 1.
+struct Adamw {
+  const AdamwTensor* tensors;
+  int64_t count, step;
+  double rate, beta1, beta2, eps;
+  float gradient_scale;  // gradients are multiplied by it
+};
+
+struct Flat {
+  const void* data;
+  Dtype dtype;
+  int64_t count;
+};
+
+struct SumOfSquares {
+  const Flat* tensors;
+  int64_t count;
+  double* parts;  // a number for each piece of each tensor
+  double* total;
 };
 
 struct LoraFactors {
@@ -128,6 +201,10 @@ struct Kernels {
   void (*rms_norm)(const RmsNorm&);
   void (*rms_norm_backward)(const RmsNormBackward&);
   void (*rope)(const Rope&);
+  void (*swiglu)(const Swiglu&);
+  void (*swiglu_backward)(const SwigluBackward&);
+  void (*adamw)(const Adamw&);
+  void (*sum_of_squares)(const SumOfSquares&);
   void (*flash_attention)(const FlashAttention&);
   void (*flash_attention_backward)(const FlashAttentionBackward&);
   void (*lora_merge)(const LoraMerge&);

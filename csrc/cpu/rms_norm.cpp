@@ -3,6 +3,7 @@
 
 #include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
+#include "cpu/stream.h"
 #include "cpu/threads.h"
 #include "cpu/vec.h"
 
@@ -11,14 +12,16 @@ namespace {
 
 constexpr int64_t kGrain = 65536;  // elements that are worth a thread
 
+// Weights and their gradient stand in the order of T here, see order().
 template <class T>
 float sum_of_squares(const T* x, int64_t width) {
   Vec sums[4] = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
-    for (int u = 0; u < 4; ++u) {
-      const Vec value = load(x + i + u * kLanes);
-      sums[u] += value * value;
+  for (; i + 2 * kStep <= width; i += 2 * kStep) {
+    for (int u = 0; u < 2; ++u) {
+      const Two value = load_two(x + i + u * kStep);
+      sums[2 * u] += value.a * value.a;
+      sums[2 * u + 1] += value.b * value.b;
     }
   }
   float rest = 0.0f;
@@ -27,37 +30,141 @@ float sum_of_squares(const T* x, int64_t width) {
 }
 
 template <class T>
-void forward_row(const T* x, const float* weight, float rstd, T* y, int64_t width) {
+void add_row(const T* x, const T* residual, T* h, int64_t width) {
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(y + i, load(x + i) * rstd * load(weight + i));
-  for (; i < width; ++i) store_one(y + i, load_one(x + i) * rstd * weight[i]);
+  for (; i + kStep <= width; i += kStep) {
+    const Two first = load_two(x + i), second = load_two(residual + i);
+    put_two<false>(h + i, {first.a + second.a, first.b + second.b});
+  }
+  for (; i < width; ++i) store_one(h + i, load_one(x + i) + load_one(residual + i));
 }
 
-// With g = dy * weight and n = x * rstd:  dx = rstd * (g - n * mean(g * n)),  dweight += dy * n.
-template <class T>
-void backward_row(const T* x, const T* dy, const float* weight, float rstd, T* dx, float* dweight, int64_t width) {
-  Vec sums[2] = {};
+// y = h * rstd * weight, and h itself goes to `sum` if there is one.
+template <bool kStream, bool kSum, class T>
+void forward_row(const T* h, const float* weight, float rstd, T* y, T* sum, int64_t width) {
   int64_t i = 0;
-  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    for (int u = 0; u < 2; ++u) {
-      const int64_t at = i + u * kLanes;
-      sums[u] += load(dy + at) * load(weight + at) * load(x + at);
+  for (; i + kStep <= width; i += kStep) {
+    const Two x = load_two(h + i), w = load_two(weight + i);
+    put_two<kStream>(y + i, {x.a * rstd * w.a, x.b * rstd * w.b});
+    if constexpr (kSum) copy_two<kStream>(h + i, sum + i);
+  }
+  for (; i < width; ++i) {
+    store_one(y + i, load_one(h + i) * rstd * weight[i]);
+    if constexpr (kSum) sum[i] = h[i];
+  }
+}
+
+template <bool kStream, bool kSum, class T>
+void forward(const RmsNorm& a) {
+  parallel(a.rows, max(kGrain / a.width, 1), [&](int64_t begin, int64_t end) {
+    float* const weight = scratch(2 * a.width);
+    order<T>(a.weight, weight, a.width);
+    T* const added = reinterpret_cast<T*>(weight + a.width);
+    for (int64_t row = begin; row < end; ++row) {
+      const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
+      if constexpr (kSum) {
+        add_row(h, static_cast<const T*>(a.residual) + row * a.residual_stride, added, a.width);
+        h = added;
+      }
+      const float rstd = 1.0f / std::sqrt(sum_of_squares(h, a.width) / static_cast<float>(a.width) + a.eps);
+      a.rstd[row] = rstd;
+      T* const sum = kSum ? static_cast<T*>(a.sum) + row * a.width : nullptr;
+      forward_row<kStream, kSum>(h, weight, rstd, static_cast<T*>(a.y) + row * a.width, sum, a.width);
     }
+    if constexpr (kStream) end_of_stream();
+  });
+}
+
+// Some rows of the gradient's arguments and results, together: a weight's gradient is loaded and stored once for all.
+template <class T>
+struct Rows {
+  const T *x, *dy, *dsum;
+  int64_t x_stride, dy_stride, dsum_stride;
+  const float* rstd;
+  T* dx;
+};
+
+template <class T>
+float sum_of_products(const T* x, const T* dy, const float* weight, int64_t width) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 2 * kStep <= width; i += 2 * kStep) {
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = i + u * kStep;
+      const Two value = load_two(x + at), d = load_two(dy + at), w = load_two(weight + at);
+      sums[2 * u] += d.a * w.a * value.a;
+      sums[2 * u + 1] += d.b * w.b * value.b;
+    }
+  }
+  for (; i + kStep <= width; i += kStep) {  // the weight's order ends with the last kStep
+    const Two value = load_two(x + i), d = load_two(dy + i), w = load_two(weight + i);
+    sums[0] += d.a * w.a * value.a;
+    sums[1] += d.b * w.b * value.b;
   }
   float rest = 0.0f;
   for (; i < width; ++i) rest += load_one(dy + i) * weight[i] * load_one(x + i);
-  const float mean = (sum(sums[0] + sums[1]) + rest) * rstd / static_cast<float>(width);
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+}
 
-  for (i = 0; i + kLanes <= width; i += kLanes) {
-    const Vec n = load(x + i) * rstd, d = load(dy + i);
-    store(dx + i, (d * load(weight + i) - n * mean) * rstd);
-    store(dweight + i, load(dweight + i) + d * n);
+// With g = dy * weight and n = x * rstd:  dx = rstd * (g - n * mean(g * n)) + dsum,  dweight += dy * n.
+template <int kRows, bool kStream, bool kSum, class T>
+void backward_rows(const Rows<T>& a, const float* weight, float* dweight, int64_t width) {
+  float rstd[kRows], mean[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    rstd[r] = a.rstd[r];
+    const float total = sum_of_products(a.x + r * a.x_stride, a.dy + r * a.dy_stride, weight, width);
+    mean[r] = total * rstd[r] / static_cast<float>(width);
+  }
+  int64_t i = 0;
+  for (; i + kStep <= width; i += kStep) {
+    const Two w = load_two(weight + i);
+    Two total = load_two(dweight + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Two x = load_two(a.x + r * a.x_stride + i), d = load_two(a.dy + r * a.dy_stride + i);
+      const Vec first = x.a * rstd[r], second = x.b * rstd[r];
+      Two dx = {(d.a * w.a - first * mean[r]) * rstd[r], (d.b * w.b - second * mean[r]) * rstd[r]};
+      if constexpr (kSum) {
+        const Two more = load_two(a.dsum + r * a.dsum_stride + i);
+        dx.a += more.a;
+        dx.b += more.b;
+      }
+      total.a += d.a * first;
+      total.b += d.b * second;
+      put_two<kStream>(a.dx + r * width + i, dx);
+    }
+    put_two<false>(dweight + i, total);
   }
   for (; i < width; ++i) {
-    const float n = load_one(x + i) * rstd, d = load_one(dy + i);
-    store_one(dx + i, (d * weight[i] - n * mean) * rstd);
-    dweight[i] += d * n;
+    for (int r = 0; r < kRows; ++r) {
+      const float n = load_one(a.x + r * a.x_stride + i) * rstd[r], d = load_one(a.dy + r * a.dy_stride + i);
+      const float more = kSum ? load_one(a.dsum + r * a.dsum_stride + i) : 0.0f;
+      store_one(a.dx + r * width + i, (d * weight[i] - n * mean[r]) * rstd[r] + more);
+      dweight[i] += d * n;
+    }
   }
+}
+
+template <bool kStream, bool kSum, class T>
+void backward_part(const RmsNormBackward& a, int64_t part) {
+  float *const dweight = a.dweight + part * a.width, *const weight = scratch(a.width);
+  order<T>(a.weight, weight, a.width);
+  std::memset(dweight, 0, static_cast<size_t>(a.width) * sizeof(float));
+  const auto rows = [&](int64_t row) {
+    return Rows<T>{static_cast<const T*>(a.x) + row * a.x_stride,
+                   static_cast<const T*>(a.dy) + row * a.dy_stride,
+                   kSum ? static_cast<const T*>(a.dsum) + row * a.dsum_stride : nullptr,
+                   a.x_stride,
+                   a.dy_stride,
+                   a.dsum_stride,
+                   a.rstd + row,
+                   static_cast<T*>(a.dx) + row * a.width};
+  };
+  int64_t row = a.rows * part / a.parts;
+  const int64_t end = a.rows * (part + 1) / a.parts;
+  for (; row + 4 <= end; row += 4) backward_rows<4, kStream, kSum>(rows(row), weight, dweight, a.width);
+  for (; row < end; ++row) backward_rows<1, kStream, kSum>(rows(row), weight, dweight, a.width);
+  restore_order<T>(dweight, a.width);
+  if constexpr (kStream) end_of_stream();
 }
 
 }  // namespace
@@ -65,13 +172,10 @@ void backward_row(const T* x, const T* dy, const float* weight, float rstd, T* d
 void rms_norm(const RmsNorm& a) {
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel(a.rows, max(kGrain / a.width, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-        const float mean = sum_of_squares(x, a.width) / static_cast<float>(a.width);
-        a.rstd[row] = 1.0f / std::sqrt(mean + a.eps);
-        forward_row(x, a.weight, a.rstd[row], static_cast<T*>(a.y) + row * a.width, a.width);
-      }
+    const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(T));
+    with_constant(streams(a.y, row_bytes, a.rows * row_bytes), [&](auto stream) {
+      with_constant(a.residual != nullptr,
+                    [&](auto sum) { forward<decltype(stream)::value, decltype(sum)::value, T>(a); });
     });
   });
 }
@@ -80,15 +184,15 @@ void rms_norm(const RmsNorm& a) {
 void rms_norm_backward(const RmsNormBackward& a) {
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel(a.parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) {
-        float* dweight = a.dweight + part * a.width;
-        std::memset(dweight, 0, static_cast<size_t>(a.width) * sizeof(float));
-        for (int64_t row = a.rows * part / a.parts; row < a.rows * (part + 1) / a.parts; ++row) {
-          backward_row(static_cast<const T*>(a.x) + row * a.x_stride, static_cast<const T*>(a.dy) + row * a.dy_stride,
-                       a.weight, a.rstd[row], static_cast<T*>(a.dx) + row * a.width, dweight, a.width);
-        }
-      }
+    const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(T));
+    with_constant(streams(a.dx, row_bytes, a.rows * row_bytes), [&](auto stream) {
+      with_constant(a.dsum != nullptr, [&](auto sum) {
+        parallel(a.parts, 1, [&](int64_t first, int64_t last) {
+          for (int64_t part = first; part < last; ++part) {
+            backward_part<decltype(stream)::value, decltype(sum)::value, T>(a, part);
+          }
+        });
+      });
     });
   });
   for (int64_t part = 1; part < a.parts; ++part) {

@@ -1,6 +1,7 @@
 #include "cpu/threads.h"
 
 #include <torch/csrc/stable/c/shim.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <memory>
@@ -13,6 +14,15 @@ int64_t num_threads() {
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
   return threads;
+}
+
+int64_t last_level_cache() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+  static const int64_t found = 0;
+#endif
+  return found > 0 ? found : int64_t{1} << 25;
 }
 
 // The function behind the stable interface was compiled with torch's own OpenMP: including at::parallel_for here would

@@ -7,6 +7,9 @@ namespace pyalpaca::cpu {
 
 int64_t num_threads();
 
+// Bytes of this processor's last cache, asked once.
+int64_t last_level_cache();
+
 // Calls body(begin, end, context) for parts of [0, count) of at least `grain`, on torch's threads.
 void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 

@@ -1,85 +1,51 @@
 #include "ops/memory.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
-#include <sys/mman.h>
+#include <c10/core/CPUAllocator.h>
 
-#include <list>
-#include <mutex>
-#include <new>
+#include "ops/pool.h"
 
 namespace pyalpaca {
 namespace {
 
-constexpr size_t kPage = size_t{1} << 21;   // a huge page
-constexpr size_t kLeast = size_t{1} << 20;  // results below this are left to torch
-constexpr size_t kKept = size_t{1} << 29;   // bytes that may lie idle
+constexpr size_t kLeast = size_t{1} << 20;  // tensors below this are left to torch's own allocator
 
-struct Block {
-  void* data;
-  size_t size;
-};
+c10::DeleterFnPtr torch_deleter() { return c10::GetDefaultCPUAllocator()->raw_deleter(); }
 
-// The idle blocks, the one used last in front.
-class Pool {
- public:
-  Block take(size_t size) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto block = idle_.begin(); block != idle_.end(); ++block) {
-        if (block->size != size) continue;
-        const Block found = *block;
-        idle_.erase(block);
-        bytes_ -= size;
-        return found;
-      }
-    }
-    // From the system, not from malloc: what is freed there may stay with the process.
-    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(data, size, MADV_HUGEPAGE);  // a wish: where it is not granted, pages are small
-#endif
-    return {data, size};
-  }
-
-  void give(Block block) {
-    std::list<Block> surplus;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      idle_.push_front(block);
-      bytes_ += block.size;
-      while (bytes_ > kKept) {
-        bytes_ -= idle_.back().size;
-        surplus.splice(surplus.end(), idle_, std::prev(idle_.end()));
-      }
-    }
-    for (const Block& old : surplus) munmap(old.data, old.size);
-  }
-
- private:
-  std::mutex mutex_;
-  std::list<Block> idle_;
-  size_t bytes_ = 0;
-};
-
-// Never destroyed: tensors may outlive the end of main.
-Pool& pool() {
-  static Pool* const kept = new Pool;
-  return *kept;
+void release(void* data) {
+  if (data == nullptr) return;
+  if (!pool().give(data)) return torch_deleter()(data);
+  c10::profiledCPUMemoryReporter().Delete(data);
 }
 
-}  // namespace
+class Allocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < kLeast) return c10::GetDefaultCPUAllocator()->allocate(bytes);
+    void* const data = pool().take(bytes);
+    if (data == nullptr) c10::profiledCPUMemoryReporter().OutOfMemory(bytes);
+    TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr, "the system has no ", bytes,
+                     " bytes of memory left, expected room for a tensor; use smaller batches or a smaller model");
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
 
-namespace {
+Allocator& allocator() {
+  static Allocator* const kept = new Allocator;
+  return *kept;
+}
 
 // Ours, or nothing where torch's own is to serve.
 at::Tensor from_pool(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
-  if (!options.device().is_cpu() || bytes < kLeast) return {};
-  const Block block = pool().take((bytes + kPage - 1) / kPage * kPage);
-  return at::from_blob(block.data, sizes, [block](void*) { pool().give(block); }, options.requires_grad(false));
+  if (bytes < kLeast) return {};
+  return at::detail::empty_generic(sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 
 }  // namespace
@@ -93,6 +59,11 @@ at::Tensor reused_empty(c10::SymIntArrayRef sizes, const at::TensorOptions& opti
   const auto known = c10::asIntArrayRefSlowOpt(sizes);
   const at::Tensor ours = known && options.device().is_cpu() ? from_pool(*known, options) : at::Tensor();
   return ours.defined() ? ours : at::empty_symint(sizes, options);
+}
+
+void reuse_memory(bool on) {
+  pool().keep(on);
+  c10::SetCPUAllocator(on ? static_cast<c10::Allocator*>(&allocator()) : c10::GetDefaultCPUAllocator());
 }
 
 }  // namespace pyalpaca

@@ -1,7 +1,4 @@
-// Memory for large results, kept when they are gone and handed out again.
-//
-// A fresh page costs a fault and a fill with zeros at its first write, more than most operators here need for their
-// work on it; torch's allocator on CPU gives large blocks back to the system each time.
+// Memory for large tensors out of the pool: for results of operators, and if wanted for all of torch's on the CPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,5 +11,9 @@ at::Tensor reused_like(const at::Tensor& x);
 
 // The same, of any shape.
 at::Tensor reused_empty(c10::SymIntArrayRef sizes, const at::TensorOptions& options);
+
+// Whether all tensors on the CPU that torch makes from here on come from the pool, which then keeps what the process
+// has needed at most; or from torch's own allocator again. To be called while no other thread makes tensors.
+void reuse_memory(bool on);
 
 }  // namespace pyalpaca

@@ -89,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyalpaca.files import atomic_file
     from pyalpaca.generate.engine import generate_text, load_model
     from pyalpaca.generate.sampling import Sampling
+    from pyalpaca.ops import reuse_memory
     from pyalpaca.parallel import broadcast_object, close_mesh
 
+    reuse_memory()
     template = find_template(args.template)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,15 +20,26 @@ from pyalpaca.model.dropout import Drop, Dropout, dropper, undropped
 from pyalpaca.model.params import Tree
 from pyalpaca.model.recompute import Again, Recompute, kept, recomputing
 from pyalpaca.model.rope import Rope
-from pyalpaca.ops import flash_attention, linear, rms_norm, rope
+from pyalpaca.ops import add_rms_norm, flash_attention, linear, rms_norm, rope_qk, rope_qk_store, swiglu
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer so far, (B, T, K, d); `start` positions are filled."""
+    """Keys and values of one layer so far, (B, T, K, d); `start` positions are filled.
+
+    slots: of B x T places where those of the tokens that come belong, int64 (B, S); `forward` says so, once for all layers.
+    """
 
     k: Tensor
     v: Tensor
     start: int
+    slots: Tensor | None = None
+
+
+def free_slots(cache: LayerCache, length: int) -> Tensor:
+    """The places behind those that are filled, for `length` tokens of each sequence."""
+    batch, room = cache.k.shape[:2]
+    first_B1 = torch.arange(cache.start, batch * room + cache.start, room, device=cache.k.device)[:, None]
+    return first_B1 + torch.arange(length, device=cache.k.device)
 
 
 def project(params: Tree, module: str, x: Tensor, config: LlamaConfig, drop: Drop = undropped) -> Tensor:
@@ -52,12 +63,13 @@ def attention(
 ) -> Tensor:
     """Causal self-attention over this rank's heads; with a cache, keys and values are stored in it and read from it."""
     q_BSHd, k_BSKd, v_BSKd = (project(params, name, x_BSD, config, drop).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
-    q_BSHd, k_BSKd = rope(q_BSHd, *table), rope(k_BSKd, *table)
     if cache is None:
+        q_BSHd, k_BSKd = rope_qk(q_BSHd, k_BSKd, *table)
         mixed_BSHd = axis.attend(q_BSHd, k_BSKd, v_BSKd)
     else:
         stop = cache.start + x_BSD.shape[1]
-        cache.k[:, cache.start : stop], cache.v[:, cache.start : stop] = k_BSKd, v_BSKd
+        slots_BS = free_slots(cache, x_BSD.shape[1]) if cache.slots is None else cache.slots
+        q_BSHd, _ = rope_qk_store(q_BSHd, k_BSKd, v_BSKd, *table, slots_BS, cache.k, cache.v)
         mixed_BSHd = flash_attention(q_BSHd, cache.k[:, :stop], cache.v[:, :stop], q_offset=cache.start)
     return project(params, "o", mixed_BSHd.flatten(-2), config, drop)
 
@@ -65,9 +77,7 @@ def attention(
 def feed_forward(params: Tree, x_BSD: Tensor, config: LlamaConfig, again: Again = kept, drop: Drop = undropped) -> Tensor:
     """SwiGLU (Shazeer 2020)."""
     gate_BSF, up_BSF = (project(params, name, x_BSD, config, drop) for name in ("gate", "up"))
-    silu_BSF = again(F.silu(gate_BSF), F.silu, gate_BSF)
-    product_BSF = again(silu_BSF * up_BSF, lambda gate, up: F.silu(gate) * up, gate_BSF, up_BSF)
-    return project(params, "down", product_BSF, config, drop)
+    return project(params, "down", again(swiglu(gate_BSF, up_BSF), swiglu, gate_BSF, up_BSF), config, drop)
 
 
 def layer(
@@ -86,8 +96,9 @@ def layer(
         return axis.enter(rms_norm(x, norm, config.norm_eps))
 
     a_BSD = again(enter(x_BSD, params["attention_norm"]), enter, x_BSD, params["attention_norm"])
-    x_BSD = x_BSD + axis.exit(attention(params["attention"], a_BSD, table, config, axis, cache, drop))
-    f_BSD = again(enter(x_BSD, params["ffn_norm"]), enter, x_BSD, params["ffn_norm"])
+    mixed_BSD = axis.exit(attention(params["attention"], a_BSD, table, config, axis, cache, drop))
+    f_BSD, x_BSD = add_rms_norm(mixed_BSD, x_BSD, params["ffn_norm"], config.norm_eps)
+    f_BSD = again(axis.enter(f_BSD), enter, x_BSD, params["ffn_norm"])
     return x_BSD + axis.exit(feed_forward(params["ffn"], f_BSD, config, again, drop))
 
 
@@ -114,6 +125,9 @@ def forward(
     x_BSD = axis.embedding(params["embed"], x) if "embed" in params else x
     start = cache[0].start if cache else 0
     table = axis.rope_table(config, start, x_BSD.shape[1], x_BSD.device)
+    if cache:
+        slots_BS = free_slots(cache[0], x_BSD.shape[1])
+        cache = [layer_cache._replace(slots=slots_BS) for layer_cache in cache]
     for i, (name, weights) in enumerate(params["layers"].items()):
         how = recompute if int(name) % recompute_every == 0 else "none"
         block = partial(layer, weights, table=table, config=config, axis=axis, cache=cache[i] if cache else None)

@@ -2,8 +2,8 @@
 
 full: only a block's input is kept (Chen et al. 2016), and its forward pass is run again.
 selective: outputs of matrix products and of attention are kept, and what is cheap to make of them is not: the normalised
-inputs of both halves of a block, silu(gate), and silu(gate) * up. Of the 8 D + 4 F numbers that a block keeps for each token
-(with as many key/value heads as heads), 2 D + 2 F are let go, and no matrix product is done twice.
+inputs of both halves of a block, and silu(gate) * up. Of the 8 D + 3 F numbers that a block keeps for each token (with as many
+key/value heads as heads), 2 D + F are let go, and no matrix product is done twice.
 """
 
 from __future__ import annotations

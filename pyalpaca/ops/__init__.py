@@ -1,39 +1,54 @@
 """The operators of the model, each differentiable and served by one of several backends (C++, NPU, plain torch).
 
-rms_norm(x, weight, eps), linear(x, weight), rope(x_BSHd, cos, sin), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), and
-lora_merge(weight, factors), which has no gradient: fp32, bf16 and fp16 on CPU run in C++, every other dtype and device in
-plain torch.
+rms_norm(x, weight, eps), add_rms_norm(x, residual, weight, eps), rope(x_BSHd, cos, sin), rope_qk(q_BSHd, k_BSKd, cos, sin),
+swiglu(gate, up), linear(x, weight), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), and without a gradient rope_qk_store,
+lora_merge, adamw_ and grad_norm: fp32, bf16 and fp16 on CPU run in C++, every other dtype and device in plain torch.
 PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")` choose by name; `backend_report()` says which backend
 serves which operator, and why.
 """
 
 from pyalpaca.ops.ascend import npu_kernels
 from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report
+from pyalpaca.ops.memory import idle_memory, reuse_memory
 from pyalpaca.ops.operators import (
+    adamw_,
+    add_rms_norm,
     flash_attention,
     flash_attention_backward,
     flash_attention_lse,
+    grad_norm,
     linear,
     linear_dweight,
     linear_dx,
     lora_merge,
     rms_norm,
     rope,
+    rope_qk,
+    rope_qk_store,
+    swiglu,
 )
 
 __all__ = [
     "BACKENDS",
     "OperatorReport",
+    "adamw_",
+    "add_rms_norm",
     "backend",
     "backend_report",
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_lse",
+    "grad_norm",
+    "idle_memory",
     "linear",
     "linear_dweight",
     "linear_dx",
     "lora_merge",
     "npu_kernels",
+    "reuse_memory",
     "rms_norm",
     "rope",
+    "rope_qk",
+    "rope_qk_store",
+    "swiglu",
 ]

@@ -16,7 +16,19 @@ from torch import Tensor
 from pyalpaca.ops import cpp, extension, npu, reference
 
 BACKENDS = ("auto", "cpp", "npu", "reference")
-OPERATORS = ("rms_norm", "rope", "flash_attention", "lora_merge", "linear")
+OPERATORS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "rope_qk",
+    "rope_qk_store",
+    "swiglu",
+    "flash_attention",
+    "lora_merge",
+    "linear",
+    "adamw_",
+    "grad_norm",
+)
 
 
 class Backend(Protocol):
@@ -26,7 +38,28 @@ class Backend(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
     def rope(self, x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+    def rope_qk(
+        self, q_BSHd: Tensor, k_BSKd: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def rope_qk_store(
+        self,
+        q_BSHd: Tensor,
+        k_BSKd: Tensor,
+        v_BSKd: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions_BS: Tensor | None,
+        slots_BS: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def flash_attention(
         self, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
@@ -43,6 +76,24 @@ class Backend(Protocol):
     def linear_dx(self, dy: Tensor, weight: Tensor) -> Tensor: ...
 
     def linear_dweight(self, dy: Tensor, x: Tensor) -> Tensor: ...
+
+    def adamw_(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        copies: Sequence[Tensor],
+        weight_decays: Sequence[float],
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        grad_scale: float,
+    ) -> None: ...
+
+    def grad_norm(self, grads: Sequence[Tensor]) -> Tensor: ...
 
 
 _MODULES: dict[str, Backend] = {"cpp": cpp, "npu": npu, "reference": reference}

@@ -32,9 +32,65 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, total, _ = torch.ops.pyalpaca.add_rms_norm.default(x, residual, weight, eps)
+    return y, total
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y: Tensor = torch.ops.pyalpaca.swiglu.default(gate, up)
+    return y
+
+
 def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y: Tensor = torch.ops.pyalpaca.rope.default(x_BSHd, cos, sin)
     return y
+
+
+def rope_qk(q_BSHd: Tensor, k_BSKd: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k = torch.ops.pyalpaca.rope_qk.default(q_BSHd, k_BSKd, cos, sin, positions_BS)
+    return q, k
+
+
+def rope_qk_store(
+    q_BSHd: Tensor,
+    k_BSKd: Tensor,
+    v_BSKd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_BS: Tensor | None,
+    slots_BS: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> tuple[Tensor, Tensor]:
+    q, k = torch.ops.pyalpaca.rope_qk_store.default(q_BSHd, k_BSKd, v_BSKd, cos, sin, positions_BS, slots_BS, k_cache, v_cache)
+    return q, k
+
+
+@torch.no_grad()
+def adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float,
+) -> None:
+    torch.ops.pyalpaca.adamw_.default(
+        weights, grads, exp_avgs, exp_avg_sqs, copies, weight_decays, step, lr, beta1, beta2, eps, grad_scale
+    )
+
+
+@torch.no_grad()
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    norm: Tensor = torch.ops.pyalpaca.grad_norm.default(grads)
+    return norm
 
 
 def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:

@@ -68,6 +68,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if ascend.refusal("add_rms_norm", x) is None:
+        return cpp.add_rms_norm(x, residual, weight, eps)
+    # torch_npu's own npu_add_rms_norm has no gradient.
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if ascend.refusal("swiglu", gate) is None:
+        return cpp.swiglu(gate, up)
+    # torch_npu's own npu_swiglu wants both in one tensor: bringing them there costs what it saves.
+    return torch.nn.functional.silu(gate) * up
+
+
 def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if ascend.refusal("rope", x_BSHd) is None:
         return cpp.rope(x_BSHd, cos, sin)
@@ -78,6 +93,54 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     y: Tensor = _torch_npu().npu_rotary_mul(x_BSHd, whole(cos), whole(sin), rotary_mode="half")
     return y
+
+
+def rope_qk(q_BSHd: Tensor, k_BSKd: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    if ascend.refusal("rope_qk", q_BSHd) is None:
+        return cpp.rope_qk(q_BSHd, k_BSKd, cos, sin, positions_BS)
+    if positions_BS is not None:
+        cos, sin = cos[positions_BS], sin[positions_BS]
+    return rope(q_BSHd, cos, sin), rope(k_BSKd, cos, sin)
+
+
+def rope_qk_store(
+    q_BSHd: Tensor,
+    k_BSKd: Tensor,
+    v_BSKd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_BS: Tensor | None,
+    slots_BS: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> tuple[Tensor, Tensor]:
+    if ascend.refusal("rope_qk_store", q_BSHd) is None:
+        return cpp.rope_qk_store(q_BSHd, k_BSKd, v_BSKd, cos, sin, positions_BS, slots_BS, k_cache, v_cache)
+    q, k = rope_qk(q_BSHd, k_BSKd, cos, sin, positions_BS)
+    reference.store_rows(slots_BS, k, k_cache, v_BSKd, v_cache)
+    return q, k
+
+
+def adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float,
+) -> None:
+    reference.adamw_(weights, grads, exp_avgs, exp_avg_sqs, copies, weight_decays, step, lr, beta1, beta2, eps, grad_scale)
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    # Each in fp32: an NPU has no fp64 to speak of.
+    return torch.stack(torch._foreach_norm([grad.detach().float() for grad in grads])).double().square().sum().sqrt()
 
 
 def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:

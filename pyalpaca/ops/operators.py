@@ -18,6 +18,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return choose("rms_norm", x).rms_norm(x, weight, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The step between two blocks: x + residual, rounded to their dtype, and `rms_norm` of that sum -> (norm, sum).
+
+    x and residual (..., D) of one dtype, weight (D,) -> both like x. Differentiable by either result.
+    """
+    return choose("add_rms_norm", x).add_rms_norm(x, residual, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The gate of a feed-forward network: silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020).
+
+    gate and up (..., F) of one dtype, perhaps halves of one tensor -> like gate. Computed in fp32 or wider, rounded once.
+    """
+    return choose("swiglu", gate).swiglu(gate, up)
+
+
 def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding in half-split order: the pair (x[i], x[i + d/2]) is turned by its angle (Su et al. 2021).
 
@@ -25,6 +41,72 @@ def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Differentiable in x, not in cos and sin.
     """
     return choose("rope", x_BSHd).rope(x_BSHd, cos, sin)
+
+
+def rope_qk(
+    q_BSHd: Tensor, k_BSKd: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`rope` of q and k in one pass, wherever they lie, as in a fused projection -> like q, like k.
+
+    positions_BS: int64, the row of cos and sin, (P, d/2), that each token takes; without them the angles are as for `rope`.
+    """
+    return choose("rope_qk", q_BSHd).rope_qk(q_BSHd, k_BSKd, cos, sin, positions_BS)
+
+
+def rope_qk_store(
+    q_BSHd: Tensor,
+    k_BSKd: Tensor,
+    v_BSKd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots_BS: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions_BS: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rope_qk` for inference: k as turned and v as it is go straight into their caches too; no gradient.
+
+    slots_BS: int64, the row of each token in the caches, contiguous (..., K, d) with all but the last two dimensions taken
+    as one; what has a negative slot is not stored.
+    """
+    return choose("rope_qk_store", q_BSHd).rope_qk_store(
+        q_BSHd, k_BSKd, v_BSKd, cos, sin, positions_BS, slots_BS, k_cache, v_cache
+    )
+
+
+def adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    weight_decays: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    copies: Sequence[Tensor] = (),
+    grad_scale: float = 1.0,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter 2019) on a list of tensors, in place: the values of torch.optim.AdamW.
+
+    weights and both moments fp32 and contiguous, grads of any floating dtype, all alike in shape. weight_decays: one each.
+    step: the number of this step, from 1 on. copies: of each weight in a narrower dtype, written along, or none.
+    grad_scale: what the gradients are multiplied by, for clipping or a loss scale.
+    """
+    if weights:
+        choose("adamw_", weights[0]).adamw_(
+            weights, grads, exp_avgs, exp_avg_sqs, copies, weight_decays, step, lr, beta1, beta2, eps, grad_scale
+        )
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of a list of tensors together, at least one -> fp64 scalar; infinite or NaN just if a number of theirs is.
+
+    In C++ it is the same to the last bit for any number of threads.
+    """
+    return choose("grad_norm", grads[0]).grad_norm(grads)
 
 
 def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:

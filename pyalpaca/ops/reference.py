@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,11 +27,86 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * rstd * _wide(weight)).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm of x + residual, and that sum, which is rounded to their dtype first."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, rounded once (Shazeer 2020)."""
+    return (torch.nn.functional.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
 def rope(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) by their angles (Su et al. 2021, in Hugging Face's half-split order)."""
     first, second = _wide(x_BSHd).chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHd.dtype)
+
+
+def rope_qk(q_BSHd: Tensor, k_BSKd: Tensor, cos: Tensor, sin: Tensor, positions_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """rope of both, by the angles of their positions."""
+    if positions_BS is not None:
+        cos, sin = cos[positions_BS], sin[positions_BS]
+    return rope(q_BSHd, cos, sin), rope(k_BSKd, cos, sin)
+
+
+def rope_qk_store(
+    q_BSHd: Tensor,
+    k_BSKd: Tensor,
+    v_BSKd: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_BS: Tensor | None,
+    slots_BS: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """rope_qk, then the rows of k and v into those of the caches."""
+    q, k = rope_qk(q_BSHd, k_BSKd, cos, sin, positions_BS)
+    store_rows(slots_BS, k, k_cache, v_BSKd, v_cache)
+    return q, k
+
+
+def store_rows(slots_BS: Tensor, k: Tensor, k_cache: Tensor, v: Tensor, v_cache: Tensor) -> None:
+    """Put each token's heads into row slots_BS of the caches, if that is not negative."""
+    wanted = slots_BS >= 0
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        cache.view(-1, *cache.shape[-2:])[slots_BS[wanted]] = x[wanted]
+
+
+@torch.no_grad()
+def adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad_scale: float,
+) -> None:
+    """The step as torch.optim.AdamW writes it down, one tensor after the other."""
+    for i, (weight, grad, mean, square) in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        wide = grad.to(weight.dtype) * grad_scale
+        weight.mul_(1 - lr * weight_decays[i])
+        mean.lerp_(wide, 1 - beta1)
+        square.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
+        root = (square.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
+        weight.addcdiv_(mean, root, value=-lr / (1 - beta1**step))
+        if copies:
+            copies[i].copy_(weight)
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of the norms, in fp64."""
+    norms = [torch.linalg.vector_norm(grad.detach(), dtype=torch.float64) for grad in grads]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:

@@ -47,7 +47,6 @@ def block(job: Job) -> list[Kept]:
         Kept("its rstd", stream * FP32),
         Kept("normalised, feed-forward", if_wanted(seen * D * e, "gate_proj", "up_proj"), cheap=True),
         Kept("gate, up", seen * 2 * F * e),
-        Kept("silu(gate)", seen * F * e, cheap=True),
         Kept("silu(gate) * up", if_wanted(seen * F * e, "down_proj"), cheap=True),
         Kept("LoRA's inner products", seen * len(lora) * job.lora_r * e),
     ]
@@ -93,7 +92,7 @@ def block_work(job: Job, how: str) -> int:
     cheap = sum(k.bytes for k in kept if k.cheap)
     again = {"none": 0, "selective": cheap, "full": sum(k.bytes for k in kept[1:])}[how]
     # In the feed-forward network, beside the gradient of the stream: first those of silu * up and of the weight of `down`, before
-    # it is added to the sum; then, silu * up itself being gone if it was kept, of silu and of up as well.
+    # it is added to the sum; then, silu * up itself being gone if it was kept, of gate and of up as well.
     D, F = m.hidden_size, m.intermediate_size // job.tp
     down = [p for p in job.block_table if ".ffn.down." in p.path and job.learns(p)]
     weight = max((numbers([p], job) for p in down), default=0)

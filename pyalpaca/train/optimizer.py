@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from pyalpaca.model import Parameter, shard
+from pyalpaca.ops import adamw_, grad_norm
 from pyalpaca.parallel import Mesh, all_reduce
 from pyalpaca.train.config import TrainConfig
 from pyalpaca.train.reduction import own_rows, row_range
@@ -63,9 +63,7 @@ def gradient_norm(grads: Mapping[str, Tensor], table: Mapping[str, Parameter], m
     zero: each replica has only its own rows.
     """
     mine = [g for path, g in grads.items() if table[path].dim is not None or mesh.tp_rank == 0]
-    squares = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if mine:
-        squares += torch.stack(torch._foreach_norm(mine)).double().square().sum()
+    squares = grad_norm(mine).square() if mine else torch.zeros((), dtype=torch.float64, device=mesh.device)
     for group in (mesh.tp_group, mesh.pp_group, mesh.replica_group if zero else None):
         squares = all_reduce(squares, group)
     return squares.sqrt().float()
@@ -83,34 +81,25 @@ def update(
     updates: int,
     lr: float,
     config: TrainConfig,
+    grad_scale: float = 1.0,
 ) -> None:
-    """One AdamW step (Loshchilov and Hutter 2019), in place; `updates` counts the steps done before this one."""
-    weights = {path: state.master.get(path, p) for path, p in trainable.items()}
-    for decayed in (True, False):
-        paths = [k for k, p in trainable.items() if decays(p, config) == decayed]
-        if not paths:
-            continue
+    """One AdamW step (Loshchilov and Hutter 2019), in place; `updates` counts the steps done before this one.
 
-        def pick(of: Mapping[str, Tensor], paths: Sequence[str] = paths) -> list[Tensor]:
-            return [of[k] for k in paths]
-
-        with torch.no_grad():
-            adamw(
-                pick(weights),
-                pick(grads),
-                pick(state.exp_avg),
-                pick(state.exp_avg_sq),
-                [],
-                [torch.tensor(float(updates), device=weights[k].device) for k in paths],
-                fused=weights[paths[0]].device.type in ("cpu", "cuda"),
-                amsgrad=False,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                lr=lr,
-                weight_decay=config.weight_decay if decayed else 0.0,
-                eps=config.eps,
-                maximize=False,
-            )
-    with torch.no_grad():
-        for path, master in state.master.items():
-            trainable[path].copy_(master)
+    grad_scale: what the gradients are multiplied by on their way, which is what a loss scale and clipping come to.
+    """
+    for narrow in (True, False):
+        paths = [path for path in trainable if (path in state.master) == narrow]
+        adamw_(
+            [state.master[path] if narrow else trainable[path].detach() for path in paths],
+            [grads[path] for path in paths],
+            [state.exp_avg[path] for path in paths],
+            [state.exp_avg_sq[path] for path in paths],
+            copies=[trainable[path].detach() for path in paths] if narrow else (),
+            weight_decays=[config.weight_decay if decays(trainable[path], config) else 0.0 for path in paths],
+            step=updates + 1,
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            grad_scale=grad_scale,
+        )

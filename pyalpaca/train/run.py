@@ -17,9 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit status 143 if a SIGTERM, 130 if a SIGINT has ended the run after a last step and a checkpoint; 3 if another rank is lost.
     """
     config = parse(argv)
+    from pyalpaca.ops import reuse_memory
     from pyalpaca.parallel import PeerLostError, close_mesh
     from pyalpaca.train.loop import train
 
+    reuse_memory()
     try:
         result = train(config)
     except PeerLostError:  # said already

@@ -199,15 +199,13 @@ def train_step(
     config, mesh = setup.config, setup.mesh
     sharded, scale = zero_ranks(mesh, config) > 1, state.loss_scale.value
     grads, loss = gradients(state.params, tokens_NBS, labels_NBS, scale, setup, state.samples, starts)
-    torch._foreach_div_(list(grads.values()), scale)
-    norm = gradient_norm(grads, setup.table, mesh, zero=sharded)
-    finite, overflow = judge(state, loss.item(), norm.item(), setup, lambda: first_bad(state.params, grads, setup.table))
+    norm = gradient_norm(grads, setup.table, mesh, zero=sharded).item() / scale
+    finite, overflow = judge(state, loss.item(), norm, setup, lambda: first_bad(state.params, grads, setup.table))
     lr = learning_rate(state.updates + 1, config)
     if finite:
-        if config.clip:
-            torch._foreach_mul_(list(grads.values()), (config.clip / (norm + 1e-6)).clamp(max=1.0))
+        clip = min(config.clip / (norm + 1e-6), 1.0) if config.clip else 1.0
         weights = {path: p for path, p in flatten(state.params).items() if path in setup.trainable}
-        update(updated(weights, mesh, config), grads, state.optimizer, state.updates, lr, config)
+        update(updated(weights, mesh, config), grads, state.optimizer, state.updates, lr, config, clip / scale)
         if sharded and mesh.replica_group:
             gather_rows(weights, make_buckets(weights, mesh.replicas, config.bucket_size), mesh.replica_rank, mesh.replica_group)
-    return advance(state, finite, overflow, config), Metrics(loss.item(), norm.item(), lr, scale, not finite)
+    return advance(state, finite, overflow, config), Metrics(loss.item(), norm, lr, scale, not finite)

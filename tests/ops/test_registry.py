@@ -36,10 +36,18 @@ def attention_backward(*arguments: Any) -> tuple[Any, ...]:
     return (torch.ones_like(out), q, k, v, out, lse, *rest)
 
 
+def adamw_lists(dtype: torch.dtype, copies: list[torch.Tensor]) -> tuple[Any, ...]:
+    weights, means, squares = ([random(3, 5, seed=seed), random(7, seed=seed).abs()] for seed in range(3))
+    squares[0] = squares[0].abs()
+    grads = [random(5, 3, dtype=dtype).T, random(7, dtype=dtype)]
+    return (weights, grads, means, squares, copies, [0.1, 0.0], 3, 0.1, 0.9, 0.99, 1e-8, 0.5)
+
+
 def samples() -> dict[str, list[tuple[Any, ...]]]:
     """Operator -> argument lists; an operator without any fails the test below."""
     half, bf16 = torch.float16, torch.bfloat16
     cos = random(5, 4)
+    slots, caches = torch.tensor([[0, -1, 9], [3, 1, 2]]), [random(2, 5, 2, 16, dtype=half, seed=seed) for seed in range(2)]
     return {
         "rms_norm": [
             (random(2, 3, 8).requires_grad_(), random(8).requires_grad_(), 1e-6),
@@ -49,9 +57,33 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (random(2, 3, 8), random(2, 3, 8, seed=1), random(8), random(2, 3).abs()),
             (random(4, 9, dtype=half), random(4, 9, dtype=half), random(9, dtype=half), random(4).abs()),
         ],
+        "add_rms_norm": [
+            (random(2, 3, 8).requires_grad_(), random(2, 3, 8, seed=1).requires_grad_(), random(8).requires_grad_(), 1e-6),
+            (random(3, 2, 9, dtype=bf16).transpose(0, 1), random(2, 3, 9, dtype=bf16).requires_grad_(), random(9), 1e-5),
+        ],
+        "add_rms_norm_backward": [
+            (*(random(2, 3, 8, seed=seed) for seed in range(3)), random(8), random(2, 3).abs()),
+            (*(random(4, 9, dtype=half, seed=seed) for seed in range(3)), random(9, dtype=half), random(4).abs()),
+        ],
+        "swiglu": [
+            (random(2, 3, 9).requires_grad_(), random(2, 3, 9, seed=1).requires_grad_()),
+            tuple(x.requires_grad_() for x in random(4, 34, dtype=bf16).chunk(2, -1)),
+        ],
+        "swiglu_backward": [
+            tuple(random(2, 3, 9, seed=seed) for seed in range(3)),
+            tuple(random(9, 4, dtype=half, seed=seed).T for seed in range(3)),
+        ],
         "rope": [
             (random(2, 5, 3, 8).requires_grad_(), cos, cos),
             (random(2, 3, 5, 8, dtype=bf16).transpose(1, 2), random(2, 5, 4), random(2, 5, 4, seed=1), True),
+        ],
+        "rope_qk": [
+            (random(2, 5, 3, 8).requires_grad_(), random(2, 5, 1, 8, seed=1).requires_grad_(), cos, cos),
+            (*random(2, 3, 6, 8, dtype=bf16).split((4, 2), 2), random(5, 4), random(5, 4), torch.tensor([[4, 0, 2]] * 2), True),
+        ],
+        "rope_qk_store": [
+            (*qkv(half, 3, 3, 4, 2), random(9, 8), random(9, 8), torch.tensor([[8, 0, 2]] * 2), slots, *caches),
+            (*qkv(half, 3, 3, 4, 2), random(3, 8), random(3, 8), None, slots, *caches),
         ],
         "flash_attention": [
             (*qkv(torch.float32, 6, 9, 4, 2, grad=True), True, 3, 0.25),
@@ -64,6 +96,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "linear_dx": [(random(2, 3, 5).requires_grad_(), random(5, 8).requires_grad_()), (random(5), random(5, 8, dtype=half))],
         "linear_dweight": [(random(2, 3, 5).requires_grad_(), random(2, 3, 8).requires_grad_())],
+        "adamw_": [adamw_lists(half, []), adamw_lists(torch.float32, [random(3, 5, dtype=bf16), random(7, dtype=bf16)])],
+        "grad_norm": [([random(3, 5), random(7, dtype=half)],)],
         "lora_merge": [
             (random(6, 9), [random(6, 2)], [random(2, 9)], [0.5]),
             (random(30, 5, dtype=half).T, [random(5, 8), random(5, 3)], [random(8, 30), random(3, 30)], [4.0, 1.0]),
@@ -101,7 +135,7 @@ def test_the_kernels_for_lesser_processors_pass_the_same_tests(lesser: str, monk
     # In bf16 and fp16 (both names hold "float16"), whose conversions are what differs most between processors.
     monkeypatch.setenv("PYALPACA_CPU", lesser)
     here = Path(__file__).parent
-    files = [str(here / f"test_{name}.py") for name in ("rms_norm", "rope", "flash_attention", "linear")]
+    files = [str(here / f"test_{name}.py") for name in ("rms_norm", "rope", "swiglu", "flash_attention", "linear", "adamw")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpp and oracle and float16", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

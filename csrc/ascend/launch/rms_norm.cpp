@@ -104,12 +104,6 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& dy, const Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
-  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum, Tensor rstd)");
-  m.def(
-      "add_rms_norm_backward(Tensor dy, Tensor dsum, Tensor sum, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor "
-      "dweight)");
-}
 TORCH_LIBRARY_IMPL(pyalpaca, PrivateUse1, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("rms_norm_backward", rms_norm_backward);

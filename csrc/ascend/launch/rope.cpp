@@ -95,14 +95,6 @@ std::tuple<Tensor, Tensor> rope_qk_store(const Tensor& q, const Tensor& k, const
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
-  m.def(
-      "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions=None, bool inverse=False) -> (Tensor, "
-      "Tensor)");
-  m.def(
-      "rope_qk_store(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? positions, Tensor slots, "
-      "Tensor(a!) k_cache, Tensor(b!) v_cache) -> (Tensor, Tensor)");
-}
 TORCH_LIBRARY_IMPL(pyalpaca, PrivateUse1, m) {
   m.impl("rope", rope);
   m.impl("rope_qk", rope_qk);
