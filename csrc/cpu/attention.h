@@ -5,6 +5,10 @@
 #include "cpu/vec.h"
 
 namespace pyalpaca::cpu::PYALPACA_ISA {
+
+// flash_attention of one query a sequence.
+void decode_attention(const FlashAttention& a);
+
 namespace {
 
 constexpr float kInfinity = __builtin_huge_valf();

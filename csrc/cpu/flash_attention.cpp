@@ -11,6 +11,7 @@
 #include "cpu/gemm.h"
 #include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
+#include "cpu/kv_cache.h"
 #include "cpu/threads.h"
 #include "cpu/vec.h"
 
@@ -72,36 +73,33 @@ bool online_softmax(float* scores, int64_t keys, const Panel& p, float* factors)
   return changed;
 }
 
-// Asks for part `part` of `parts` of some rows, so that they are near when their turn comes.
-template <class T>
-PYALPACA_INLINE void prefetch(const T* rows, int64_t stride, int64_t count, int64_t width, int64_t part,
-                              int64_t parts) {
+// Asks for part `part` of `parts` of the rows of `x`, so that they are near when their turn comes.
+PYALPACA_INLINE void prefetch(const Strided& x, int64_t element, int64_t batch, int64_t first, int64_t count,
+                              int64_t head, int64_t head_dim, int64_t part, int64_t parts) {
+  const char* rows = static_cast<const char*>(x.data) + (batch * x.batch + first * x.token + head * x.head) * element;
   for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
-    const char* row = reinterpret_cast<const char*>(rows + i * stride);
-    const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    for (int64_t byte = 0; byte < head_dim * element; byte += 64)
+      __builtin_prefetch(rows + i * x.token * element + byte, 0, 2);
   }
 }
 
 // The same for what the task needs of the block of keys that begins at `block`.
-template <class T>
 void prefetch_block(const FlashAttention& a, const Task& task, int64_t block, int64_t part, int64_t parts) {
   const AttentionShape& s = a.shape;
   const int64_t keys = min(kBlock, seen(s, task.first + task.queries - 1, block, s.keys - block));
   if (keys <= 0) return;
-  prefetch(at<T>(a.k, task.batch, block, task.kv_head), a.k.token, keys, s.head_dim, part, parts);
-  prefetch(at<T>(a.v, task.batch, block, task.kv_head), a.v.token, keys, s.head_dim, part, parts);
+  const int64_t element = cache_element(a.cache_dtype);
+  prefetch(a.k, element, task.batch, block, keys, task.kv_head, s.head_dim, part, parts);
+  prefetch(a.v, element, task.batch, block, keys, task.kv_head, s.head_dim, part, parts);
 }
 
 // The same for what a task begins with.
-template <class T>
 void prefetch_task(const FlashAttention& a, const Task& task, int64_t part, int64_t parts) {
-  const int64_t group = a.shape.heads / a.shape.kv_heads;
-  for (int64_t g = 0; g < group; ++g) {
-    prefetch(at<T>(a.q, task.batch, task.first, task.kv_head * group + g), a.q.token, task.queries, a.shape.head_dim,
-             part, parts);
+  const int64_t group = a.shape.heads / a.shape.kv_heads, element = a.dtype == Dtype::kFloat ? 4 : 2;
+  for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
+    prefetch(a.q, element, task.batch, task.first, task.queries, head, a.shape.head_dim, part, parts);
   }
-  prefetch_block<T>(a, task, 0, part, parts);
+  prefetch_block(a, task, 0, part, parts);
 }
 
 template <class T>
@@ -137,16 +135,16 @@ void run(const FlashAttention& a, const Task& task, const Task* next) {
   const int64_t last_key = seen(s, task.first + task.queries - 1, 0, s.keys);
   for (int64_t block = 0; block < last_key; block += kBlock) {
     const int64_t most = min(kBlock, last_key - block);
-    copy_tile(at<T>(a.k, task.batch, block, task.kv_head), a.k.token, most, d, 1.0f, keys, row);
-    copy_tile(at<T>(a.v, task.batch, block, task.kv_head), a.v.token, most, d, 1.0f, values, row);
+    copy_cached(a.cache_dtype, a.k, a.k_scales, task.batch, task.kv_head, block, most, d, keys, row);
+    copy_cached(a.cache_dtype, a.v, a.v_scales, task.batch, task.kv_head, block, most, d, values, row);
     for (int64_t i = 0; i < group * panels; ++i) {
       const Panel p = panel(memory, d, i);
       const int64_t first = task.first + i % panels * kColumns, end = min(first + kColumns, task.first + task.queries);
       const int64_t count = seen(s, end - 1, block, most);
       if (block + kBlock < last_key) {
-        prefetch_block<T>(a, task, block + kBlock, i, group * panels);
+        prefetch_block(a, task, block + kBlock, i, group * panels);
       } else if (next != nullptr) {
-        prefetch_task<T>(a, *next, i, group * panels);
+        prefetch_task(a, *next, i, group * panels);
       }
       if (count == 0) continue;
       multiply<Lies::kAlongDepth>(count, d, keys, row, p.q, kColumns, scores, kColumns, kSet);
@@ -186,8 +184,9 @@ void run(const FlashAttention& a, const Task& task, const Task* next) {
 void flash_attention(const FlashAttention& a) {
   const AttentionShape& s = a.shape;
   if (s.batch * s.queries * s.heads == 0) return;
+  if (s.queries == 1) return decode_attention(a);
   const int64_t group = s.heads / s.kv_heads, pairs = s.batch * s.kv_heads;
-  const int64_t scores = s.batch * s.heads * s.queries * s.keys / (s.causal && s.queries > 1 ? 2 : 1);
+  const int64_t scores = s.batch * s.heads * s.queries * s.keys / (s.causal ? 2 : 1);
   const int64_t threads = worthy_threads(2 * scores * s.head_dim, num_threads());
   int64_t queries = min(max(kTaskRows / group / kColumns, 1) * kColumns, s.queries);
   // With few heads, shorter runs give every thread something to do.

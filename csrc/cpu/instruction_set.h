@@ -14,6 +14,7 @@ void adamw(const Adamw& a);
 void sum_of_squares(const SumOfSquares& a);
 void flash_attention(const FlashAttention& a);
 void flash_attention_backward(const FlashAttentionBackward& a);
+void store_cache(const StoreCache& a);
 void lora_merge(const LoraMerge& a);
 void linear(const Linear& a);
 

@@ -34,6 +34,7 @@ namespace {
       isa::sum_of_squares,           \
       isa::flash_attention,          \
       isa::flash_attention_backward, \
+      isa::store_cache,              \
       isa::lora_merge,               \
       isa::linear,                   \
   }

@@ -180,12 +180,25 @@ struct AttentionShape {
   float scale;
 };
 
+// What keys and values are kept as; int8 has a factor a token and head.
+enum class CacheDtype { kFloat, kBFloat16, kHalf, kInt8 };
+
 struct FlashAttention {
-  Dtype dtype;
+  Dtype dtype;             // of q and out
+  CacheDtype cache_dtype;  // of k and v
   AttentionShape shape;
-  Strided q, k, v;
-  void* out;   // (batch, queries, heads, head_dim)
-  float* lse;  // (batch, heads, queries)
+  Strided q, k, v, k_scales, v_scales;  // scales: fp32 if k and v are int8, else no data
+  void* out;                            // (batch, queries, heads, head_dim)
+  float* lse;                           // (batch, heads, queries)
+};
+
+// Rounds keys or values (batch, tokens, heads, head_dim) to what the cache is kept as; int8: to the nearest of 255
+// steps of a scale, the largest magnitude of a token and head over 127.
+struct StoreCache {
+  Dtype dtype;  // of x
+  CacheDtype cache_dtype;
+  Strided x, cache, scales;  // the last two are written to
+  int64_t batch, tokens, heads, head_dim;
 };
 
 struct FlashAttentionBackward {
@@ -207,6 +220,7 @@ struct Kernels {
   void (*sum_of_squares)(const SumOfSquares&);
   void (*flash_attention)(const FlashAttention&);
   void (*flash_attention_backward)(const FlashAttentionBackward&);
+  void (*store_cache)(const StoreCache&);
   void (*lora_merge)(const LoraMerge&);
   void (*linear)(const Linear&);
 };

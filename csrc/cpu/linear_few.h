@@ -15,22 +15,6 @@ constexpr int kFewTokens = 4;  // that are multiplied at once: 4 x 4 sums in reg
 constexpr int kFewTokens = 2;
 #endif
 
-struct Int8 {
-  int8_t value;
-};
-
-PYALPACA_INLINE Vec load(const Int8* p) {
-#if defined(__AVX512F__)
-  return as<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
-#elif defined(__AVX2__)
-  return as<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
-#else
-  Vec x;
-  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i].value);
-  return x;
-#endif
-}
-
 template <class T>
 PYALPACA_INLINE Vec load_end(const T* p, int64_t count) {
   if constexpr (sizeof(T) > 1) {

@@ -33,18 +33,22 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
   if (torch_parallel_for(0, count, grain, body, context) != 0) throw std::runtime_error("a kernel ran out of memory");
 }
 
-float* scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, &std::free);
-  thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    memory.reset();
-    capacity = 0;
+float* scratch(int64_t floats, int slot) {
+  struct Memory {
+    std::unique_ptr<float, decltype(&std::free)> data{nullptr, &std::free};
+    int64_t capacity = 0;
+  };
+  thread_local Memory slots[2];
+  Memory& memory = slots[slot];
+  if (floats > memory.capacity) {
+    memory.data.reset();
+    memory.capacity = 0;
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (memory == nullptr) throw std::bad_alloc();
-    capacity = floats;
+    memory.data.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (memory.data == nullptr) throw std::bad_alloc();
+    memory.capacity = floats;
   }
-  return memory.get();
+  return memory.data.get();
 }
 
 }  // namespace pyalpaca::cpu

@@ -15,7 +15,8 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
 
 // This thread's scratch memory, 64-byte aligned, at least that large, not initialised. It is kept and handed out again
 // at the next call: fresh memory would cost a page fault every 4 KB, more than the arithmetic on it.
-float* scratch(int64_t floats);
+// What a call needs while its parts use theirs lies in another slot.
+float* scratch(int64_t floats, int slot = 0);
 
 // A shared counter from which threads take tasks, so that uneven ones (causal attention) spread evenly.
 class Queue {

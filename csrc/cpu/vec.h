@@ -34,6 +34,9 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+struct Int8 {
+  int8_t value;
+};
 
 template <class To, class From>
 PYALPACA_INLINE To as(const From& x) {
@@ -63,6 +66,43 @@ PYALPACA_INLINE float max(Vec x) {
   return max(a > b ? a : b);
 }
 #endif
+
+#if PYALPACA_LANES == 16
+#define PYALPACA_HALVES_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define PYALPACA_HALVES_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define PYALPACA_HALVES_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define PYALPACA_HALVES_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#else
+#define PYALPACA_HALVES_4 0, 1, 2, 3, 8, 9, 10, 11
+#define PYALPACA_HALVES_2 0, 1, 8, 9, 4, 5, 12, 13
+#define PYALPACA_HALVES_1 0, 8, 2, 10, 4, 12, 6, 14
+#endif
+
+// Adds the halves of each run of 2 * half lanes; the runs of a and b take turns.
+template <int half>
+PYALPACA_INLINE Vec add_halves(Vec a, Vec b) {
+#if PYALPACA_LANES == 16
+  constexpr Ints first = half == 8   ? Ints{PYALPACA_HALVES_8}
+                         : half == 4 ? Ints{PYALPACA_HALVES_4}
+                         : half == 2 ? Ints{PYALPACA_HALVES_2}
+                                     : Ints{PYALPACA_HALVES_1};
+#else
+  constexpr Ints first = half == 4   ? Ints{PYALPACA_HALVES_4}
+                         : half == 2 ? Ints{PYALPACA_HALVES_2}
+                                     : Ints{PYALPACA_HALVES_1};
+#endif
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + half);
+}
+
+// The sums of kLanes vectors, one a lane: a tree of additions in one order, and fewer shuffles than sum by sum.
+PYALPACA_INLINE Vec sum_each(Vec* x) {
+#if PYALPACA_LANES == 16
+  for (int i = 0; i < 8; ++i) x[i] = add_halves<8>(x[i], x[i + 8]);
+#endif
+  for (int i = 0; i < 4; ++i) x[i] = add_halves<4>(x[i], x[i + 4]);
+  for (int i = 0; i < 2; ++i) x[i] = add_halves<2>(x[i], x[i + 2]);
+  return add_halves<1>(x[0], x[1]);
+}
 
 // The larger of each two lanes; y where x is NaN.
 PYALPACA_INLINE Vec larger(Vec x, Vec y) {
@@ -137,6 +177,18 @@ PYALPACA_INLINE void store(Half* p, Vec x) {
 #endif
 }
 
+PYALPACA_INLINE Vec load(const Int8* p) {
+#if defined(__AVX512F__)
+  return as<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+  return as<Vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i].value);
+  return x;
+#endif
+}
+
 PYALPACA_INLINE float load_one(const float* p) { return *p; }
 PYALPACA_INLINE float load_one(const BFloat16* p) { return as<float>(static_cast<uint32_t>(p->bits) << 16); }
 PYALPACA_INLINE float load_one(const Half* p) { return half_to_float(p->bits); }
@@ -153,8 +205,11 @@ PYALPACA_INLINE Vec load_first(const T* p, int64_t count) {
   if (count >= kLanes) return load(p);
 #ifdef __AVX512F__
   const __mmask16 lanes = static_cast<__mmask16>((1u << count) - 1);
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (sizeof(T) == 4) {
     return as<Vec>(_mm512_maskz_loadu_ps(lanes, p));
+  } else if constexpr (sizeof(T) == 1) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(lanes, p);
+    return load(reinterpret_cast<const T*>(&bytes));
   } else {
     const __m256i halves = _mm256_maskz_loadu_epi16(lanes, p);
     return load(reinterpret_cast<const T*>(&halves));
@@ -170,7 +225,7 @@ PYALPACA_INLINE void store_first(T* p, Vec x, int64_t count) {
   if (count >= kLanes) return store(p, x);
 #ifdef __AVX512F__
   const __mmask16 lanes = static_cast<__mmask16>((1u << count) - 1);
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, lanes, as<__m512>(x));
   } else {
     __m256i halves;

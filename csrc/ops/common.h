@@ -43,6 +43,15 @@ inline cpu::Dtype dtype_of(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 ? cpu::Dtype::kBFloat16 : cpu::Dtype::kHalf;
 }
 
+inline cpu::CacheDtype cache_dtype_of(const Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return cpu::CacheDtype::kFloat;
+  if (x.scalar_type() == at::kChar) return cpu::CacheDtype::kInt8;
+  return x.scalar_type() == at::kBFloat16 ? cpu::CacheDtype::kBFloat16 : cpu::CacheDtype::kHalf;
+}
+
+// (batch, token, head, ...) as the kernels of attention take it.
+inline cpu::Strided strided(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
 // The kernels take any strides but need the last dimension contiguous.
 inline Tensor last_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 

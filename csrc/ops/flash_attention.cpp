@@ -45,8 +45,6 @@ std::tuple<Tensor, Tensor, Tensor> meta_backward(const Tensor& dout, const Tenso
   return {reused_like(q), reused_like(k), reused_like(v)};
 }
 
-cpu::Strided strided(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
 cpu::AttentionShape shape(const Tensor& q, const Tensor& k, bool causal, int64_t q_offset, double scale) {
   return {
       q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), causal, q_offset, static_cast<float>(scale)};
@@ -56,8 +54,12 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
                                        double scale) {
   auto [out, lse] = meta(q, k, v, causal, q_offset, scale);
   const Tensor q1 = last_contiguous(q), k1 = last_contiguous(k), v1 = last_contiguous(v);
-  cpu::kernels().flash_attention({dtype_of(q), shape(q, k, causal, q_offset, scale), strided(q1), strided(k1),
-                                  strided(v1), out.mutable_data_ptr(), lse.mutable_data_ptr<float>()});
+  cpu::FlashAttention arguments{};
+  arguments.dtype = dtype_of(q), arguments.cache_dtype = cache_dtype_of(k);
+  arguments.shape = shape(q, k, causal, q_offset, scale);
+  arguments.q = strided(q1), arguments.k = strided(k1), arguments.v = strided(v1);
+  arguments.out = out.mutable_data_ptr(), arguments.lse = lse.mutable_data_ptr<float>();
+  cpu::kernels().flash_attention(arguments);
   return {out, lse};
 }
 

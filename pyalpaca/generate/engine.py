@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pyalpaca.checkpoint import open_checkpoint, tokenizer_folder
 from pyalpaca.data import Tokenizer, load_tokenizer, stream_decoder
+from pyalpaca.generate.cache import new_cache
 from pyalpaca.generate.sampling import Sampling, choose
-from pyalpaca.model import Axis, LayerCache, LlamaConfig, Tree, forward, load, parameters, shard
+from pyalpaca.model import Axis, LlamaConfig, Tree, forward, load, parameters, shard
 from pyalpaca.parallel import Mesh, broadcast, init_mesh, tensor_axis
 
 
@@ -25,6 +25,7 @@ class Model:
     axis: Axis
     mesh: Mesh
     tokenizer: Tokenizer
+    cache_dtype: torch.dtype | None = None  # of keys and values, None: the parameters'
 
 
 def load_model(
@@ -35,8 +36,11 @@ def load_model(
     tp: int = 1,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Model:
     """Open a checkpoint of any layout on this process's rank. dtype None: the checkpoint's own, fp32 on a CPU.
+
+    cache_dtype: what keys and values are kept as, a floating dtype or int8; None: like the parameters.
 
     ValueError if the tokenizer has more pieces than the model has rows, or the processes are not tp many.
     """
@@ -68,18 +72,7 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if mesh.device.type == "cpu" else reader.dtype(table[0].name)
     params = load(table, lambda p, piece: reader.read(p.name, piece), dtype, mesh.device, mesh.tp_rank, tp)
-    return Model(params, reader.config, tensor_axis(mesh, reader.config.vocab_size), mesh, words)
-
-
-def new_cache(model: Model, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Empty key and value buffers of each layer for `length` positions, (batch, length, kv heads of this rank, head_dim)."""
-    dtype = model.params["norm"].dtype
-    shape = (batch, length, model.config.num_kv_heads // model.axis.size, model.config.head_dim)
-
-    def buffer() -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=model.mesh.device)
-
-    return [(buffer(), buffer()) for _ in range(model.config.num_layers)]
+    return Model(params, reader.config, tensor_axis(mesh, reader.config.vocab_size), mesh, words, cache_dtype)
 
 
 @torch.inference_mode()
@@ -98,11 +91,12 @@ def generate_ids(
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model was made for {limit}; shorten it")
     length = min(len(prompt) + max_new_tokens, limit)
     generator = torch.Generator().manual_seed(seed)
-    buffers = new_cache(model, 1, length)
+    dtype = model.cache_dtype or model.params["norm"].dtype
+    empty = new_cache(model.config, length, dtype, model.mesh.device, parts=model.axis.size)
     seen = torch.tensor([list(prompt)], device=model.mesh.device)
     start, fresh = 0, seen
     while seen.shape[1] < length:
-        cache = [LayerCache(k, v, start) for k, v in buffers]
+        cache = [layer._replace(start=start) for layer in empty]
         logits_BSV = forward(model.params, fresh, model.config, model.axis, cache=cache, last_only=True)
         token = choose(model.axis.gather_logits(logits_BSV[:, -1]), seen, sampling, generator)
         # One rank decides: a difference in the last bit of the logits must not split the ranks.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,26 +19,17 @@ from pyalpaca.model.dropout import Drop, Dropout, dropper, undropped
 from pyalpaca.model.params import Tree
 from pyalpaca.model.recompute import Again, Recompute, kept, recomputing
 from pyalpaca.model.rope import Rope
-from pyalpaca.ops import add_rms_norm, flash_attention, linear, rms_norm, rope_qk, rope_qk_store, swiglu
+from pyalpaca.ops import add_rms_norm, cached_attention, linear, rms_norm, rope_qk, store_cache, swiglu
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer so far, (B, T, K, d); `start` positions are filled.
-
-    slots: of B x T places where those of the tokens that come belong, int64 (B, S); `forward` says so, once for all layers.
-    """
+    """Keys and values of one layer so far, (B, T, K, d); `start` positions are filled. Those in int8 have scales, (B, T, K)."""
 
     k: Tensor
     v: Tensor
     start: int
-    slots: Tensor | None = None
-
-
-def free_slots(cache: LayerCache, length: int) -> Tensor:
-    """The places behind those that are filled, for `length` tokens of each sequence."""
-    batch, room = cache.k.shape[:2]
-    first_B1 = torch.arange(cache.start, batch * room + cache.start, room, device=cache.k.device)[:, None]
-    return first_B1 + torch.arange(length, device=cache.k.device)
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
 
 def project(params: Tree, module: str, x: Tensor, config: LlamaConfig, drop: Drop = undropped) -> Tensor:
@@ -63,14 +53,15 @@ def attention(
 ) -> Tensor:
     """Causal self-attention over this rank's heads; with a cache, keys and values are stored in it and read from it."""
     q_BSHd, k_BSKd, v_BSKd = (project(params, name, x_BSD, config, drop).unflatten(-1, (-1, config.head_dim)) for name in "qkv")
+    q_BSHd, k_BSKd = rope_qk(q_BSHd, k_BSKd, *table)
     if cache is None:
-        q_BSHd, k_BSKd = rope_qk(q_BSHd, k_BSKd, *table)
         mixed_BSHd = axis.attend(q_BSHd, k_BSKd, v_BSKd)
     else:
-        stop = cache.start + x_BSD.shape[1]
-        slots_BS = free_slots(cache, x_BSD.shape[1]) if cache.slots is None else cache.slots
-        q_BSHd, _ = rope_qk_store(q_BSHd, k_BSKd, v_BSKd, *table, slots_BS, cache.k, cache.v)
-        mixed_BSHd = flash_attention(q_BSHd, cache.k[:, :stop], cache.v[:, :stop], q_offset=cache.start)
+        k, v, start, k_scales, v_scales = cache
+        store_cache(k_BSKd, k, start, scales_BTK=k_scales)
+        store_cache(v_BSKd, v, start, scales_BTK=v_scales)
+        length = start + x_BSD.shape[1]
+        mixed_BSHd = cached_attention(q_BSHd, k, v, length, k_scales_BTK=k_scales, v_scales_BTK=v_scales)
     return project(params, "o", mixed_BSHd.flatten(-2), config, drop)
 
 
@@ -125,9 +116,6 @@ def forward(
     x_BSD = axis.embedding(params["embed"], x) if "embed" in params else x
     start = cache[0].start if cache else 0
     table = axis.rope_table(config, start, x_BSD.shape[1], x_BSD.device)
-    if cache:
-        slots_BS = free_slots(cache[0], x_BSD.shape[1])
-        cache = [layer_cache._replace(slots=slots_BS) for layer_cache in cache]
     for i, (name, weights) in enumerate(params["layers"].items()):
         how = recompute if int(name) % recompute_every == 0 else "none"
         block = partial(layer, weights, table=table, config=config, axis=axis, cache=cache[i] if cache else None)

@@ -2,7 +2,8 @@
 
 rms_norm(x, weight, eps), add_rms_norm(x, residual, weight, eps), rope(x_BSHd, cos, sin), rope_qk(q_BSHd, k_BSKd, cos, sin),
 swiglu(gate, up), linear(x, weight), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), and without a gradient rope_qk_store,
-lora_merge, adamw_ and grad_norm: fp32, bf16 and fp16 on CPU run in C++, every other dtype and device in plain torch.
+store_cache and cached_attention (decoding over a cache of keys and values), lora_merge, adamw_ and grad_norm: fp32, bf16 and
+fp16 on CPU run in C++, every other dtype and device in plain torch.
 PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")` choose by name; `backend_report()` says which backend
 serves which operator, and why.
 """
@@ -13,6 +14,7 @@ from pyalpaca.ops.memory import idle_memory, reuse_memory
 from pyalpaca.ops.operators import (
     adamw_,
     add_rms_norm,
+    cached_attention,
     flash_attention,
     flash_attention_backward,
     flash_attention_lse,
@@ -25,6 +27,7 @@ from pyalpaca.ops.operators import (
     rope,
     rope_qk,
     rope_qk_store,
+    store_cache,
     swiglu,
 )
 
@@ -35,6 +38,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "backend_report",
+    "cached_attention",
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_lse",
@@ -50,5 +54,6 @@ __all__ = [
     "rope",
     "rope_qk",
     "rope_qk_store",
+    "store_cache",
     "swiglu",
 ]

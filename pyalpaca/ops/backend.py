@@ -24,6 +24,8 @@ OPERATORS = (
     "rope_qk_store",
     "swiglu",
     "flash_attention",
+    "cached_attention",
+    "store_cache",
     "lora_merge",
     "linear",
     "adamw_",
@@ -68,6 +70,12 @@ class Backend(Protocol):
     def flash_attention_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def cached_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, length: int, scale: float
+    ) -> Tensor: ...
+
+    def store_cache(self, x: Tensor, cache: Tensor, scales: Tensor | None, start: int) -> None: ...
 
     def lora_merge(self, weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor: ...
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyalpaca.ops import extension
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ATTENTION = ("flash_attention", "cached_attention", "store_cache")
 
 
 def refusal(operator: str, x: Tensor) -> str | None:
@@ -22,7 +23,7 @@ def refusal(operator: str, x: Tensor) -> str | None:
     if x.dtype not in _DTYPES:
         return f"the tensors are {x.dtype}, the C++ kernels take float32, bfloat16 and float16"
     head_dim = x.shape[-1]
-    if operator == "flash_attention" and (head_dim % 8 != 0 or not 0 < head_dim <= 256):
+    if operator in _ATTENTION and (head_dim % 8 != 0 or not 0 < head_dim <= 256):
         return f"head_dim is {head_dim}, the C++ kernel takes multiples of 8 up to 256"
     return None
 
@@ -91,6 +92,17 @@ def adamw_(
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     norm: Tensor = torch.ops.pyalpaca.grad_norm.default(grads)
     return norm
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, length: int, scale: float
+) -> Tensor:
+    out: Tensor = torch.ops.pyalpaca.cached_attention.default(q, k, v, k_scales, v_scales, length, scale)
+    return out
+
+
+def store_cache(x: Tensor, cache: Tensor, scales: Tensor | None, start: int) -> None:
+    torch.ops.pyalpaca.store_cache.default(x, cache, scales, start)
 
 
 def lora_merge(weight: Tensor, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:

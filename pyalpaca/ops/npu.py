@@ -180,6 +180,19 @@ def flash_attention(
     return out, (maximum + total.log())[..., 0]
 
 
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, length: int, scale: float
+) -> Tensor:
+    if refusal("flash_attention", q) is not None:
+        return reference.cached_attention(q, k, v, k_scales, v_scales, length, scale)
+    k, v = (reference.cached(x, scales, length).to(q.dtype) for x, scales in ((k, k_scales), (v, v_scales)))
+    return flash_attention(q, k, v, True, length - q.shape[1], scale)[0]
+
+
+def store_cache(x: Tensor, cache: Tensor, scales: Tensor | None, start: int) -> None:
+    reference.store_cache(x, cache, scales, start)
+
+
 def flash_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

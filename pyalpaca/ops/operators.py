@@ -185,6 +185,35 @@ def flash_attention_backward(
     )
 
 
+def store_cache(x_BSKd: Tensor, cache_BTKd: Tensor, start: int, *, scales_BTK: Tensor | None = None) -> None:
+    """Keys or values become the positions from `start` on of a cache that is kept as fp32, bf16, fp16 or int8.
+
+    x (B, S, K, d); cache (B, T, K, d), its last dimension contiguous, T >= start + S. An int8 cache has scales, fp32 (B, T, K):
+    the largest magnitude of a position and head over 127; an infinity or NaN makes that position and head NaN.
+    """
+    choose("store_cache", x_BSKd).store_cache(x_BSKd, cache_BTKd, scales_BTK, start)
+
+
+def cached_attention(
+    q_BSHd: Tensor,
+    k_BTKd: Tensor,
+    v_BTKd: Tensor,
+    length: int,
+    *,
+    k_scales_BTK: Tensor | None = None,
+    v_scales_BTK: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of the last S queries of a sequence of `length` over the cache that `store_cache` filled; no gradient.
+
+    q (B, S, H, d) of any dtype, k and v (B, T, K, d) of another or the same, T >= length >= S -> like q. One query (decoding)
+    is as fast as k and v come from memory, most so where a head's positions lie one after the other. scale: d**-0.5.
+    """
+    scale = q_BSHd.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose("cached_attention", q_BSHd)
+    return chosen.cached_attention(q_BSHd, k_BTKd, v_BTKd, k_scales_BTK, v_scales_BTK, length, scale)
+
+
 def _attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:

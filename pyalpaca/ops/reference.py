@@ -131,6 +131,33 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     return dy.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
+def cached(cache: Tensor, scales: Tensor | None, length: int) -> Tensor:
+    """The first `length` positions of a cache as they count: int8 times its scales, others as they are."""
+    part = cache[:, :length]
+    return part if scales is None else part.float() * scales[:, :length, :, None]
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, length: int, scale: float
+) -> Tensor:
+    """Causal attention of the last queries of a sequence over a cache."""
+    return flash_attention(q, cached(k, k_scales, length), cached(v, v_scales, length), True, length - q.shape[1], scale)[0]
+
+
+def store_cache(x: Tensor, cache: Tensor, scales: Tensor | None, start: int) -> None:
+    """x becomes positions of the cache, rounded; int8: to the nearest of 255 steps, a row's largest magnitude over 127 each."""
+    stop = start + x.shape[1]
+    if scales is None:
+        cache[:, start:stop] = x
+        return
+    wide = x.float()
+    top = wide.abs().amax(-1)
+    scale = torch.where(top.isfinite(), top / 127, torch.nan)
+    inverse = torch.where(scale >= 2.0**-126, 1 / scale, 0.0)
+    scales[:, start:stop] = scale
+    cache[:, start:stop] = (wide * inverse[..., None]).clamp(-127, 127).nan_to_num(0.0).round()
+
+
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:

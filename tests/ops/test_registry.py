@@ -98,6 +98,14 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "linear_dweight": [(random(2, 3, 5).requires_grad_(), random(2, 3, 8).requires_grad_())],
         "adamw_": [adamw_lists(half, []), adamw_lists(torch.float32, [random(3, 5, dtype=bf16), random(7, dtype=bf16)])],
         "grad_norm": [([random(3, 5), random(7, dtype=half)],)],
+        "store_cache": [
+            (random(2, 3, 2, 8), torch.zeros(2, 9, 2, 8, dtype=bf16), None, 4),
+            (random(2, 3, 2, 8, dtype=half), torch.zeros(2, 2, 9, 8, dtype=torch.int8).transpose(1, 2), torch.zeros(2, 9, 2), 0),
+        ],
+        "cached_attention": [
+            (random(2, 1, 4, 8), *(random(2, 9, 2, 8, dtype=half, seed=s) for s in (1, 2)), None, None, 7, 0.5),
+            (random(2, 3, 2, 8), *[torch.ones(2, 9, 2, 8, dtype=torch.int8)] * 2, *[random(2, 9, 2)] * 2, 9, 0.5),
+        ],
         "lora_merge": [
             (random(6, 9), [random(6, 2)], [random(2, 9)], [0.5]),
             (random(30, 5, dtype=half).T, [random(5, 8), random(5, 3)], [random(8, 30), random(3, 30)], [4.0, 1.0]),
