@@ -12,7 +12,7 @@ from emulation import FaultError
 from mutants import FILES, Mutant, kernels_of, mutants_of, write_sources
 from npu_kernels import kernel_library, rms_norm, rms_norm_backward, rope
 from test_kernels import EPS, TOLERANCE, angles, assert_near, gradient_oracle, norm_oracle, random
-from test_swiglu import check_swiglu
+from test_swiglu_kernels import check_swiglu
 
 from pyalpaca.ops import reference
 
