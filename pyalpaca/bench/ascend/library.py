@@ -94,6 +94,6 @@ def kernel_library(more: Sequence[Path] = (), flags: Sequence[str] = ()) -> ctyp
 
 def tiling(library: ctypes.CDLL, name: str, *arguments: int) -> tuple[int, ...]:
     """What the tiling function `name` says: cores first, 0 if it refuses the shape."""
-    out = (ctypes.c_int64 * 11)()
+    out = (ctypes.c_int64 * 16)()
     getattr(library, f"tiling_{name}")(*map(ctypes.c_int64, arguments), out)
     return tuple(out)
