@@ -157,6 +157,7 @@ struct Linear {
   Matrix a, b;  // a is of floats
   Dtype dtype;  // of out
   void* out;    // (rows, columns)
+  bool add;     // out += a b^T instead
   int64_t rows, columns, depth;
   float* panels;  // working memory, panel_floats(rows, depth)
 };

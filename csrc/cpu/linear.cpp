@@ -11,10 +11,11 @@ constexpr int64_t kMostFew = 8;         // rows from which on it pays to copy th
 constexpr int64_t kFewGrain = 1 << 17;  // products that are worth a thread
 
 template <class T>
-void store_row(const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; ++i) store_one(to + i, from[i]);
+void store_row(const float* from, int64_t count, bool add, T* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec x = load(from + i);  // a block's rows are whole vectors
+    store_first(to + i, add ? load_first(to + i, count - i) + x : x, count - i);
+  }
 }
 
 void few_rows(const Linear& a) {
@@ -43,13 +44,13 @@ void few_rows(const Linear& a) {
 }  // namespace
 
 void linear(const Linear& a) {
-  if (a.rows <= kMostFew && !a.a.transposed && !a.b.transposed) return few_rows(a);
+  if (a.rows <= kMostFew && !a.a.transposed && !a.b.transposed && !a.add) return few_rows(a);
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     matmul({a.a, a.b, a.rows, a.columns, a.depth}, a.panels,
            [&](int64_t row, int64_t rows, int64_t column, int64_t columns, const float* c) {
              T* out = static_cast<T*>(a.out) + row * a.columns + column;
-             for (int64_t i = 0; i < rows; ++i) store_row(c + i * kBlockColumns, columns, out + i * a.columns);
+             for (int64_t i = 0; i < rows; ++i) store_row(c + i * kBlockColumns, columns, a.add, out + i * a.columns);
            });
   });
 }

@@ -1,7 +1,8 @@
 // linear(x (..., K), weight (N, K)) -> (..., N) like x, and its gradients, which are products of the same kind:
 // linear_dx(dy (..., N), weight) -> (..., K), linear_dweight(dy (..., N), x (..., K)) -> (N, K).
 //
-// The derivative of each of the three is made of the other two, so there is one of any order.
+// The derivative of each of the three is made of the other two, so there is one of any order. For gradients that are
+// summed up piece by piece, linear_dweight_add_ adds to what is there.
 #include "ops/common.h"
 #include "ops/product.h"
 
@@ -70,6 +71,27 @@ Tensor dweight_cpu(const Tensor& dy, const Tensor& x) {
   return dweight;
 }
 
+void check_add(const Tensor& total, const Tensor& dy, const Tensor& x) {
+  TORCH_CHECK_VALUE(dy.dim() == 2 && x.dim() == 2 && dy.sym_size(0) == x.sym_size(0),
+                    "linear_dweight_add_: dy has shape ", dy.sym_sizes(), " and x ", x.sym_sizes(),
+                    ", expected (T, N) and (T, K)");
+  check_dtype("linear_dweight_add_: total", total);
+  check_dtype("linear_dweight_add_: dy", dy);
+  check_dtype("linear_dweight_add_: x", x);
+  check_shape("linear_dweight_add_: total", total, {dy.sym_size(1), x.sym_size(1)});
+}
+
+void add_cpu(Tensor& total, const Tensor& dy, const Tensor& x) {
+  check_add(total, dy, x);
+  TORCH_CHECK_VALUE(total.is_contiguous(), "linear_dweight_add_: total has strides ", total.strides(),
+                    ", expected a contiguous tensor");
+  const Tensor dy_lines = last_contiguous(dy), x_lines = last_contiguous(x);
+  product(transposed(matrix(dy_lines)), transposed(matrix(x_lines)), dy.size(1), x.size(1), x.size(0), total,
+          /*add=*/true);
+}
+
+void add_meta(Tensor& total, const Tensor& dy, const Tensor& x) { check_add(total, dy, x); }
+
 template <int which>
 Tensor call(const Tensor& a, const Tensor& b) {
   constexpr const char* names[] = {"pyalpaca::linear", "pyalpaca::linear_dx", "pyalpaca::linear_dweight"};
@@ -119,16 +141,19 @@ TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("linear_dx(Tensor dy, Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("linear_dweight(Tensor dy, Tensor x) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("linear_dweight_add_(Tensor(a!) total, Tensor dy, Tensor x) -> ()", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(pyalpaca, Meta, m) {
   m.impl("linear", meta);
   m.impl("linear_dx", meta_dx);
   m.impl("linear_dweight", meta_dweight);
+  m.impl("linear_dweight_add_", add_meta);
 }
 TORCH_LIBRARY_IMPL(pyalpaca, CPU, m) {
   m.impl("linear", forward_cpu);
   m.impl("linear_dx", dx_cpu);
   m.impl("linear_dweight", dweight_cpu);
+  m.impl("linear_dweight_add_", add_cpu);
 }
 TORCH_LIBRARY_IMPL(pyalpaca, Autograd, m) {
   m.impl("linear", autograd<kForward>);

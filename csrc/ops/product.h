@@ -25,17 +25,17 @@ inline cpu::Matrix transposed(cpu::Matrix m) {
   return m;
 }
 
-// out = a b^T, of `rows` and `columns` lines of `depth` numbers.
+// out = a b^T, or += if `add`, of `rows` and `columns` lines of `depth` numbers.
 inline void product(const cpu::Matrix& a, const cpu::Matrix& b, int64_t rows, int64_t columns, int64_t depth,
-                    const Tensor& out) {
+                    const Tensor& out, bool add = false) {
   if (out.numel() == 0) return;
   if (depth == 0) {
-    out.zero_();
+    if (!add) out.zero_();
     return;
   }
   const Tensor panels = reused_empty({cpu::panel_floats(rows, depth)}, out.options().dtype(at::kFloat));
   cpu::kernels().linear(
-      {a, b, dtype_of(out), out.mutable_data_ptr(), rows, columns, depth, panels.mutable_data_ptr<float>()});
+      {a, b, dtype_of(out), out.mutable_data_ptr(), add, rows, columns, depth, panels.mutable_data_ptr<float>()});
 }
 
 }  // namespace pyalpaca

@@ -20,15 +20,21 @@ def new_cache(
 ) -> list[LayerCache]:
     """An empty cache of each layer for `length` positions, (B, length, K, d) each; int8 has scales beside it.
 
-    parts: tensor-parallel ranks, among which the kv heads are divided. A head's positions lie one after the other in memory.
+    parts: tensor-parallel ranks, among which the kv heads are divided. On a CPU a head's positions lie one after the other in
+    memory, elsewhere a position's heads.
     """
-    shape = (batch, config.num_kv_heads // parts, length, config.head_dim)
+    heads = config.num_kv_heads // parts
+    shape = (batch, heads, length) if device.type == "cpu" else (batch, length, heads)
+
+    def buffer(dtype: torch.dtype, *width: int) -> Tensor:
+        made = _zeros((*shape, *width), dtype, device)
+        return made.transpose(1, 2) if device.type == "cpu" else made
 
     def values() -> Tensor:
-        return _zeros(shape, dtype, device).transpose(1, 2)
+        return buffer(dtype, config.head_dim)
 
     def scales() -> Tensor | None:
-        return _zeros(shape[:3], torch.float32, device).transpose(1, 2) if dtype == torch.int8 else None
+        return buffer(torch.float32) if dtype == torch.int8 else None
 
     return [LayerCache(values(), values(), 0, scales(), scales()) for _ in range(config.num_layers)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from pyalpaca.checkpoint import open_checkpoint, tokenizer_folder
 from pyalpaca.data import Tokenizer, load_tokenizer, stream_decoder
 from pyalpaca.generate.cache import new_cache
 from pyalpaca.generate.sampling import Sampling, choose
-from pyalpaca.model import Axis, LlamaConfig, Tree, forward, load, parameters, shard
+from pyalpaca.model import Axis, LlamaConfig, Tree, forward, load, load_quantized, parameters, shard
 from pyalpaca.parallel import Mesh, broadcast, init_mesh, tensor_axis
 
 
@@ -36,10 +37,13 @@ def load_model(
     tp: int = 1,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
+    bits: int | None = None,
+    group: int | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> Model:
     """Open a checkpoint of any layout on this process's rank. dtype None: the checkpoint's own, fp32 on a CPU.
 
+    bits: 8 or 4 for projections and head stored as integers, `group` of a row sharing a scale (see `pyalpaca.ops.quantize`).
     cache_dtype: what keys and values are kept as, a floating dtype or int8; None: like the parameters.
 
     ValueError if the tokenizer has more pieces than the model has rows, or the processes are not tp many.
@@ -71,7 +75,11 @@ def load_model(
         raise ValueError(f"{path}: {error}") from None
     if dtype is None:
         dtype = torch.float32 if mesh.device.type == "cpu" else reader.dtype(table[0].name)
-    params = load(table, lambda p, piece: reader.read(p.name, piece), dtype, mesh.device, mesh.tp_rank, tp)
+    loader = load if bits is None else partial(load_quantized, bits=bits, group=group)
+    try:
+        params = loader(table, lambda p, piece: reader.read(p.name, piece), dtype, mesh.device, mesh.tp_rank, tp)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return Model(params, reader.config, tensor_axis(mesh, reader.config.vocab_size), mesh, words, cache_dtype)
 
 

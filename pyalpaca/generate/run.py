@@ -28,6 +28,21 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: fp32 on a CPU, else the model's own"
     )
     p.add_argument(
+        "--quantize",
+        choices=("none", "int8", "int4"),
+        default="none",
+        help="store projections and head as integers of 8 or 4 bits, made while loading: a quarter or a sixth of fp32's memory, "
+        "and faster, since a token costs reading them once; int8 is hardly less exact than bf16, int4 noticeably (default none)",
+    )
+    p.add_argument(
+        "--quantize-group",
+        type=int,
+        choices=(32, 64, 128, 256),
+        metavar="N",
+        help="weights of a row that share a scale, 32, 64, 128 or 256: fewer are more exact (default: a whole row for int8, 32 "
+        "for int4)",
+    )
+    p.add_argument(
         "--kv-cache-dtype",
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
         default="auto",
@@ -104,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
     lora = [name.strip() for name in args.lora.split(",") if name.strip()]
+    if args.quantize_group and args.quantize == "none":
+        raise ValueError("found --quantize-group without --quantize, which alone uses it; give --quantize int8 or int4")
     model = load_model(
         args.model,
         lora=lora,
@@ -111,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tp=args.tp,
         dtype=dtypes[args.dtype],
         vocab_size=args.vocab_size,
+        bits={"none": None, "int8": 8, "int4": 4}[args.quantize],
+        group=args.quantize_group,
         cache_dtype=dtypes[args.kv_cache_dtype],
     )
     main_rank = os.environ.get("RANK", "0") == "0"

@@ -5,6 +5,7 @@ from pyalpaca.model.config import LlamaConfig, config_from_hf, config_from_meta,
 from pyalpaca.model.dropout import Dropout
 from pyalpaca.model.llama import LayerCache, forward
 from pyalpaca.model.params import Tree, flatten, init, initial, load, tree_map, unflatten, whole_slice
+from pyalpaca.model.quantized import is_projection, load_quantized
 from pyalpaca.model.recompute import Recompute
 from pyalpaca.model.segments import Starts, attend_apart
 from pyalpaca.model.sharding import (
@@ -40,7 +41,9 @@ __all__ = [
     "forward",
     "init",
     "initial",
+    "is_projection",
     "load",
+    "load_quantized",
     "lora_parameters",
     "natural_key",
     "parameters",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyalpaca.model.config import LlamaConfig
 from pyalpaca.model.rope import Rope, rope_table
-from pyalpaca.ops import flash_attention
+from pyalpaca.ops import flash_attention, linear_cross_entropy
 
 
 def identity(x: Tensor) -> Tensor:
@@ -39,6 +39,8 @@ class Axis:
     exit: after a projection cut by input. Whole stream: sum forward, identity backward; cut: the sum's piece, gathered.
     embedding: look-up in this rank's rows of the embedding, summed over ranks; cut like the stream.
     cross_entropy: per-token loss (B, S) from this rank's columns of the logits, of S or (filled up) more positions.
+    head_loss: scale x the sum of these losses from hidden states (B, S or more, D) and this rank's rows of the head, without
+    holding the logits.
     gather_logits: this rank's columns -> all columns, for sampling; no gradient.
     rope_table: cos and sin of what attention sees, from its start and the length of the stream on this rank.
     attend: causal attention of queries (B, S, H, d) to keys and values (B, S, K, d) of the same positions, without a cache.
@@ -51,6 +53,7 @@ class Axis:
     exit: Callable[[Tensor], Tensor] = identity
     embedding: Callable[[Tensor, Tensor], Tensor] = embedding
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    head_loss: Callable[[Tensor, Tensor, Tensor, float | Tensor], Tensor] = linear_cross_entropy
     gather_logits: Callable[[Tensor], Tensor] = identity
     rope_table: Callable[[LlamaConfig, int, int, torch.device], Rope] = rope_table
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = flash_attention

@@ -28,6 +28,7 @@ OPERATORS = (
     "store_cache",
     "lora_merge",
     "linear",
+    "linear_quantized",
     "adamw_",
     "grad_norm",
 )
@@ -102,6 +103,9 @@ class Backend(Protocol):
     ) -> None: ...
 
     def grad_norm(self, grads: Sequence[Tensor]) -> Tensor: ...
+    def linear_dweight_add_(self, total: Tensor, dy: Tensor, x: Tensor) -> None: ...
+
+    def linear_quantized(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor: ...
 
 
 _MODULES: dict[str, Backend] = {"cpp": cpp, "npu": npu, "reference": reference}

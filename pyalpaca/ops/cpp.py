@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyalpaca.ops import extension
+from pyalpaca.ops.quantize import group_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ATTENTION = ("flash_attention", "cached_attention", "store_cache")
@@ -123,6 +124,15 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
 def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     dweight: Tensor = torch.ops.pyalpaca.linear_dweight.default(dy, x)
     return dweight
+
+
+def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    torch.ops.pyalpaca.linear_dweight_add_.default(total, dy, x)
+
+
+def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    y: Tensor = torch.ops.pyalpaca.linear_quantized.default(x, weight, scale, group_of(x.shape[-1], scale.shape[1]))
+    return y
 
 
 def flash_attention(

@@ -159,6 +159,14 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     return reference.linear_dweight(dy, x)
 
 
+def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    reference.linear_dweight_add_(total, dy, x)
+
+
+def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return reference.linear_quantized(x, weight, scale)
+
+
 def flash_attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,20 @@ def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     return choose("linear", dy).linear_dweight(dy, x)
 
 
+def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """total (N, K), contiguous, += dy^T x of dy (T, N) and x (T, K); total may be wider than these. No gradient."""
+    choose("linear", dy).linear_dweight_add_(total, dy, x)
+
+
+def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`linear` with a weight of integers and their scales, as `quantize` makes them; activations are not quantised.
+
+    x (..., K), weight int8 (N, K) or uint8 (N, 16 ceil(K / 32)), scale fp32 (N, G) -> (..., N) in the dtype of x.
+    Differentiable in x.
+    """
+    return choose("linear_quantized", x).linear_quantized(x, weight, scale)
+
+
 def flash_attention(
     q_BSHd: Tensor,
     k_BTKd: Tensor,

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyalpaca.ops.quantize import dequantize
+
 
 def refusal(operator: str, x: Tensor) -> str | None:
     """Why this backend can't serve `operator` on tensors like `x`: it always can."""
@@ -129,6 +131,17 @@ def linear_dx(dy: Tensor, weight: Tensor) -> Tensor:
 def linear_dweight(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of `linear` by the weight: dy^T x, summed over all leading dimensions."""
     return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
+    """total += dy^T x."""
+    total += linear_dweight(dy, x)
+
+
+def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`linear` with the weight that integers and scales stand for."""
+    wide = dequantize(weight, scale, x.shape[-1])
+    return F.linear(_wide(x), wide.to(_wide(x).dtype)).to(x.dtype)
 
 
 def cached(cache: Tensor, scales: Tensor | None, length: int) -> Tensor:

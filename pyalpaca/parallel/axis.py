@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyalpaca.model import ONE_DEVICE, Axis, Parameter, cut
+from pyalpaca.ops import Shards, linear_cross_entropy
 from pyalpaca.parallel.collectives import all_gather_columns, all_gather_sequence, all_reduce, reduce_scatter_sequence
 from pyalpaca.parallel.mesh import Mesh
 
@@ -117,6 +118,7 @@ def tensor_axis(mesh: Mesh, vocab_size: int, sequence_parallel: bool = False) ->
     def filled(x_BSD: Tensor) -> Tensor:
         return F.pad(x_BSD, (0, 0, 0, -x_BSD.shape[1] % mesh.tp))
 
+    shards = Shards(start, lambda x: all_reduce(x, group, dist.ReduceOp.MAX), lambda x: all_reduce(x, group))
     whole = Axis(
         rank=mesh.tp_rank,
         size=mesh.tp,
@@ -124,6 +126,7 @@ def tensor_axis(mesh: Mesh, vocab_size: int, sequence_parallel: bool = False) ->
         exit=lambda x: _Exit.apply(x, group),
         embedding=lambda weight, tokens: _Exit.apply(rows(weight, tokens), group),
         cross_entropy=lambda logits, labels: _CrossEntropy.apply(logits, labels, start, group),
+        head_loss=lambda x, weight, labels, scale: linear_cross_entropy(x, weight, labels, scale, shards),
         gather_logits=lambda x: all_gather_columns(x, [b - a for a, b in shares], group),
     )
     if not sequence_parallel:
@@ -135,6 +138,7 @@ def tensor_axis(mesh: Mesh, vocab_size: int, sequence_parallel: bool = False) ->
         exit=lambda x: _Scatter.apply(x, group),
         embedding=lambda weight, tokens: _Scatter.apply(filled(rows(weight, tokens)), group),
         cross_entropy=lambda logits, labels: _CrossEntropy.apply(logits[:, : labels.shape[1]], labels, start, group),
+        head_loss=lambda x, *rest: whole.head_loss(x[:, : rest[1].shape[1]], *rest),
         rope_table=lambda config, at, length, device: ONE_DEVICE.rope_table(config, at, length * mesh.tp, device),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,14 +43,19 @@ def evaluate(params: Tree, data: Data, setup: Setup) -> Evaluation:
         tokens, labels = (x.to(mesh.device) for x in found)
         tokens, labels, _ = context_share(tokens, labels, mesh, setup.axis)
         for tree in trees:
-            y = forward(tree, tokens if "embed" in tree else _receive(tree, mesh), setup.model, setup.axis)
+            head = partial(_loss, setup, labels)
+            y = forward(tree, tokens if "embed" in tree else _receive(tree, mesh), setup.model, setup.axis, head=head)
             if "norm" in tree:
-                total[0] += setup.axis.cross_entropy(y, labels).double().sum()
+                total[0] += y
                 total[1] += (labels != -100).sum()
             else:
                 _send(y, mesh)
     loss, labelled = all_reduce(all_reduce(total, mesh.replica_group), mesh.pp_group).tolist()
     return Evaluation(loss / labelled if labelled else math.nan, int(labelled))
+
+
+def _loss(setup: Setup, labels: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return setup.axis.head_loss(x, weight, labels, 1.0)
 
 
 def _send(x: Tensor, mesh: Mesh) -> None:

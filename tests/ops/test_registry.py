@@ -98,6 +98,15 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "linear_dweight": [(random(2, 3, 5).requires_grad_(), random(2, 3, 8).requires_grad_())],
         "adamw_": [adamw_lists(half, []), adamw_lists(torch.float32, [random(3, 5, dtype=bf16), random(7, dtype=bf16)])],
         "grad_norm": [([random(3, 5), random(7, dtype=half)],)],
+        "linear_dweight_add_": [(random(5, 8), random(4, 5, dtype=bf16), random(4, 8, dtype=bf16))],
+        "linear_quantized": [
+            (random(2, 3, 70).requires_grad_(), *pyalpaca.ops.quantize(random(5, 70), 4, 32), 32),
+            (random(20, 70, dtype=bf16).requires_grad_(), *pyalpaca.ops.quantize(random(5, 70), 8), 96),
+        ],
+        "linear_quantized_dx": [
+            (random(2, 3, 5).requires_grad_(), *pyalpaca.ops.quantize(random(5, 70), 4, 32), 32, 70),
+            (random(4, 5, dtype=half), *pyalpaca.ops.quantize(random(5, 70), 8), 96, 70),
+        ],
         "store_cache": [
             (random(2, 3, 2, 8), torch.zeros(2, 9, 2, 8, dtype=bf16), None, 4),
             (random(2, 3, 2, 8, dtype=half), torch.zeros(2, 2, 9, 8, dtype=torch.int8).transpose(1, 2), torch.zeros(2, 9, 2), 0),
@@ -143,8 +152,10 @@ def test_the_kernels_for_lesser_processors_pass_the_same_tests(lesser: str, monk
     # In bf16 and fp16 (both names hold "float16"), whose conversions are what differs most between processors.
     monkeypatch.setenv("PYALPACA_CPU", lesser)
     here = Path(__file__).parent
-    files = [str(here / f"test_{name}.py") for name in ("rms_norm", "rope", "swiglu", "flash_attention", "linear", "adamw")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpp and oracle and float16", *files]
+    names = ("rms_norm", "rope", "swiglu", "flash_attention", "linear", "linear_quantized", "adamw")
+    files = [str(here / f"test_{name}.py") for name in names]
+    chosen = "cpp and (oracle or products) and float16"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
