@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pyalpaca.bench.ascend import attention
 from pyalpaca.bench.ascend.library import tiling
 from pyalpaca.bench.ascend.processors import Processor
 from pyalpaca.bench.ascend.timeline import Argument, Launch, Reserved
@@ -113,24 +114,18 @@ def _swiglu(backward: bool) -> Callable[[ctypes.CDLL, Processor, Shape, str], Wo
     return make
 
 
-def _flash_forward(causal: bool) -> Callable[[ctypes.CDLL, Processor, Shape, str], Work]:
+def _attention(kind: str, causal: bool = True) -> Callable[[ctypes.CDLL, Processor, Shape, str], Work]:
     def make(library: ctypes.CDLL, processor: Processor, shape: Shape, dtype: str) -> Work:
-        (batch, length, heads, kv_heads, head_dim), size = shape, SIZES[dtype]
-        cut = tiling(library, "flash_forward", batch, length, length, heads, kv_heads, head_dim, processor.cube_cores)
-        cores, q_tile, kv_tile, stack, chunk, workspace, *_ = cut
-        _served(cores, "flash_forward", shape)
-        q, k = Reserved(batch * length * heads * head_dim * size), Reserved(batch * length * kv_heads * head_dim * size)
-        arguments: Arguments = {"q": q, "k": k, "v": k, "q_starts": None, "kv_starts": None, "out": q}
-        rest: Arguments = {"lse": Reserved(batch * heads * length * 4), "workspace": Reserved(workspace), "batch": batch}
-        rest |= {"q_len": length, "kv_len": length}
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            rest |= {f"{name}_batch_stride": length * count * head_dim, f"{name}_stride": count * head_dim}
-            rest |= {f"{name}_head_stride": head_dim}
-        rest |= {"lse_batch_stride": heads * length, "lse_head_stride": length, "q_offset": 0, "heads": heads}
-        rest |= {"kv_heads": kv_heads, "head_dim": head_dim, "causal": int(causal), "q_tile": q_tile, "kv_tile": kv_tile}
-        rest |= {"stack": stack, "chunk": chunk, "scale": head_dim**-0.5}
-        flops = 4.0 * batch * heads * length * length * head_dim * (0.5 if causal else 1.0)
-        return Work((Launch(f"flash_forward_{dtype}", "MIX", cores, {**arguments, **rest}),), "cube", flops)
+        batch, length, heads, kv_heads, head_dim = dims = (shape[0], shape[1], shape[2], shape[3], shape[4])
+        if kind == "decode":
+            launches = attention.decode(library, processor, dims, dtype)
+            amount = 2.0 * batch * (2 * length * kv_heads + 2 * heads) * head_dim
+        else:
+            make_launches = attention.backward if kind == "backward" else attention.forward
+            launches = make_launches(library, processor, dims, dtype, causal)
+            amount = attention.flops(dims, causal) * (2.5 if kind == "backward" else 1.0)
+        _served(len(launches), f"flash_{kind}", shape)
+        return Work(launches, "hbm" if kind == "decode" else "cube", amount)
 
     return make
 
@@ -146,14 +141,28 @@ CASES: dict[str, Case] = {
     "swiglu": Case("silu(gate) up", "rows x width", ((8192, 11008),), _ALL, _swiglu(False)),
     "swiglu_backward": Case("dgate and dup", "rows x width", ((8192, 11008),), _ALL, _swiglu(True)),
     "flash_forward": Case(
-        "causal attention", "batch x length x heads x kv heads x d", ((1, 4096, 32, 32, 128),), _HALVES, _flash_forward(True)
+        "causal attention", "batch x length x heads x kv heads x d", ((1, 4096, 32, 32, 128),), _HALVES, _attention("forward")
     ),
     "flash_forward_full": Case(
         "attention without a mask",
         "batch x length x heads x kv heads x d",
         ((1, 8192, 8, 8, 128),),
         _HALVES,
-        _flash_forward(False),
+        _attention("forward", causal=False),
+    ),
+    "flash_backward": Case(
+        "causal attention's gradients, in three launches",
+        "batch x length x heads x kv heads x d",
+        ((1, 4096, 24, 24, 128),),
+        _HALVES,
+        _attention("backward"),
+    ),
+    "flash_decode": Case(
+        "one token over a cache, in two launches",
+        "batch x length x heads x kv heads x d",
+        ((8, 8192, 32, 8, 128), (8, 4096, 32, 32, 128)),
+        _HALVES,
+        _attention("decode"),
     ),
 }
 # Shares of 354 TFLOPS that others measured on a 910B2, head_dim 128, no mask: length -> vendor's kernel, best public one.
