@@ -107,7 +107,7 @@ def test_every_operator_has_a_small_shape_and_a_plain_peer() -> None:
 
 @needs_extension
 @pytest.mark.long
-@pytest.mark.parametrize("operator", ["rms_norm", "rope", "flash_attention"])
+@pytest.mark.parametrize("operator", ["rms_norm", "add_rms_norm", "rope", "rope_qk", "swiglu", "flash_attention", "adamw_"])
 def test_no_operator_is_slower_than_plain_torch(operator: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--op", operator, "--peers", "plain", "--seconds", "0.1", "--shapes", "llama7b,small"]
     assert bench.main(["kernels", *arguments]) == 0

@@ -89,6 +89,12 @@ def test_forward_reads_its_inputs_and_writes_its_results_once(operator: Operator
     assert work.written == sum(x.nbytes for x in results)
 
 
+@pytest.mark.parametrize(("dtype", "per_value"), [("float32", 16 + 12), ("bfloat16", 16 + 12 + 2)])
+def test_adamw_moves_what_it_keeps_and_the_gradient(dtype: str, per_value: int) -> None:
+    work = OPERATORS["adamw_"].work(Case((3, 5, 7), dtype), "fwd")
+    assert work.moved == per_value * 105
+
+
 def test_causal_attention_multiplies_what_its_mask_leaves() -> None:
     length, heads, head_dim = 5, 3, 8
     case = Case((2, length, heads, 1, head_dim), "float32")
@@ -102,6 +108,8 @@ def test_a_backward_pass_moves_what_it_is_made_of() -> None:
     x, weight = 6 * 10 * 4, 10 * 4
     case = Case((6, 10), "float32")
     assert OPERATORS["rms_norm"].work(case, "bwd").moved == 3 * x + 2 * weight
+    assert OPERATORS["add_rms_norm"].work(case, "bwd").moved == 4 * x + 2 * weight
+    assert OPERATORS["swiglu"].work(case, "bwd").moved == 5 * x
 
 
 def test_a_peer_that_compiles_is_measured_sparingly_unless_it_is_named() -> None:

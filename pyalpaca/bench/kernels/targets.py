@@ -51,9 +51,10 @@ class Target:
         return f"{where}: {wanted[self.measure]}{' in the geometric mean' if self.mean else ''}"
 
 
-_NORM = ("rms_norm",)
+_NORM = ("rms_norm", "add_rms_norm")
 _NORMS = ("llama7b/2048", "llama13b/8192")
 _ROPES = ("llama7b/2048", "llama13b/2048")
+_ADAMW = ("llama7b/attention", "small/60m")
 _ONE_TOKEN = ("llama7b/decode", "llama13b/decode")
 _FLASH = ("flash_attention",)
 _FLASH_SHAPES = ("llama7b/512", *_LONG)
@@ -62,8 +63,8 @@ TARGETS = (
     *(Target((name,), "share", 0.80, directions=("fwd",), shapes=_NORMS) for name in _NORM),
     *(Target((name,), "share", 0.70, directions=("bwd",), shapes=_NORMS) for name in _NORM),
     *(Target((name,), "vs", 8.0, peer="compile", mean=True, shapes=_NORMS) for name in _NORM),
-    *(Target((name,), "share", 0.75, shapes=_ROPES) for name in ("rope",)),
-    *(Target((name,), "vs", 8.0, peer="compile", mean=True, shapes=_ROPES) for name in ("rope",)),
+    *(Target((name,), "share", 0.75, shapes=_ROPES) for name in ("rope", "rope_qk", "rope_qk_store", "swiglu")),
+    *(Target((name,), "vs", 8.0, peer="compile", mean=True, shapes=_ROPES) for name in ("rope", "rope_qk", "swiglu")),
     Target(_FLASH, "share", 0.82, dtypes=("float32",), directions=("fwd",), shapes=_LONG),
     Target(_FLASH, "share", 0.75, dtypes=("float32",), directions=("fwd",), shapes=("llama7b/512",)),
     Target(_FLASH, "vs", 1.3, peer="sdpa", mean=True, dtypes=("float32",), directions=("fwd",), shapes=_FLASH_SHAPES),
@@ -76,6 +77,8 @@ TARGETS = (
     Target(("linear",), "vs", 20.0, peer="plain", mean=True, dtypes=("bfloat16",), shapes=_ONE_TOKEN),
     Target(("linear",), "share", 0.85, dtypes=HALVES, shapes=("llama7b/512",)),
     Target(("linear",), "vs", 50.0, peer="plain", mean=True, dtypes=("bfloat16",), shapes=("llama7b/512",)),
+    Target(("adamw_",), "share", 0.85, shapes=_ADAMW),
+    Target(("adamw_",), "vs", 1.5, peer="fused", mean=True, shapes=_ADAMW),
 )
 
 

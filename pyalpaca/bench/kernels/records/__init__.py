@@ -1,15 +1,21 @@
 """The records: every operator that `pyalpaca bench kernels` measures, in the order of the table."""
 
 from pyalpaca.bench.kernels.operator import Operator
-from pyalpaca.bench.kernels.records import attention, linear, lora, norms, rope
+from pyalpaca.bench.kernels.records import adamw, attention, linear, lora, norms, rope, swiglu
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
         norms.RMS_NORM,
+        norms.ADD_RMS_NORM,
         rope.ROPE,
+        rope.ROPE_QK,
+        rope.ROPE_QK_STORE,
+        swiglu.SWIGLU,
         linear.LINEAR,
         attention.FLASH_ATTENTION,
+        adamw.ADAMW,
+        adamw.GRAD_NORM,
         lora.LORA_MERGE,
     )
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyalpaca.bench.kernels.operator import DECODE, Case, Function, Operator, Peer, Work, compiled, plain
-from pyalpaca.ops import reference, rms_norm
+from pyalpaca.ops import add_rms_norm, reference, rms_norm
 
 EPS = 1e-6
 SHAPES = {
@@ -66,6 +66,65 @@ RMS_NORM = Operator(
         Peer("functional", lambda: _functional),
         Peer("transformers", _transformers, needs=("transformers",)),
         Peer("torch_npu", _torch_npu, needs=("torch_npu",), devices=("npu",)),
+    ),
+    forward_only=DECODE,
+)
+
+
+def _make_add(case: Case) -> list[Any]:
+    return [case.random(*case.sizes), *_make(case)]
+
+
+def _work_add(case: Case, direction: str) -> Work:
+    tokens, width = case.sizes
+    x, weight = tokens * width * case.item, width * case.item
+    if direction == "fwd":
+        return Work(5 * tokens * width, 2 * x + weight, 2 * x)
+    return Work(12 * tokens * width, 3 * x + weight, x + weight)
+
+
+def _functional_add(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _functional(total, weight), total
+
+
+def _transformers_add() -> Function:
+    norm = _transformers()
+
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return norm(total, weight), total
+
+    return add_norm
+
+
+def _torch_npu_add() -> Function:
+    import torch_npu
+
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        norm, _, total = torch_npu.npu_add_rms_norm(x, residual, weight, epsilon=EPS)
+        return norm, total
+
+    return add_norm
+
+
+_plain_add = partial(reference.add_rms_norm, eps=EPS)
+
+ADD_RMS_NORM = Operator(
+    "add_rms_norm",
+    axes="tokens x width",
+    formula="x and the residual are read, their sum and its norm written; backward reads two gradients and the sum and writes "
+    "the one gradient of both; 5 and 12 flops a value",
+    shapes=SHAPES,
+    make=_make_add,
+    ours=partial(add_rms_norm, eps=EPS),
+    work=_work_add,
+    peers=(
+        plain(_plain_add),
+        compiled(lambda x, residual, weight: reference.add_rms_norm(x, residual, weight, EPS)),
+        Peer("functional", lambda: _functional_add),
+        Peer("transformers", _transformers_add, needs=("transformers",)),
+        Peer("torch_npu", _torch_npu_add, needs=("torch_npu",), devices=("npu",), directions=("fwd",)),
     ),
     forward_only=DECODE,
 )
