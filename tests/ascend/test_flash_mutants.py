@@ -40,7 +40,7 @@ BACKWARDS = [
     ((37, 310), (1, 1), 80, False, 0, GradientCut(kv_block=256, chunk=2048), 5),
     ((65, 150), (2, 2), 16, True, -40, GradientCut(side=16, q_block=32, kv_block=64), 20),
     ((130, 33), (1, 1), 128, True, 160, GradientCut(side=32, q_block=32), 23),
-    ((128, 70), (1, 1), 16, True, 40, GradientCut(cores=1, side=64, q_block=128, kv_block=128, chunk=8192), 7),
+    ((128, 70), (1, 1), 16, True, 40, GradientCut(cores=1, side=64, q_block=128, kv_block=128, chunk=4096), 7),
 ]
 
 

@@ -83,7 +83,9 @@ class _Watch:
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def _look(self) -> None:
-        while not self._done.wait(INTERVAL):
+        over = False
+        while not over:
+            over = self._done.wait(INTERVAL)
             fields = [status(process.pid) for process in self._team.processes]
             self._team.own = max(self._team.own, sum(map(own_bytes, fields)))
             self._team.resident = max(self._team.resident, sum(f.get("VmHWM", 0) for f in fields))

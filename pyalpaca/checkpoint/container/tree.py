@@ -18,7 +18,10 @@ _ENDLESS = 10**15
 def shown(text: str) -> str:
     """Text of a file that may be damaged or hostile, fit for a sentence: on one line, printable, not long."""
     text = text if len(text) <= 120 else f"{text[:100]}... ({len(text):,} characters)"
-    return text if text.isprintable() else ascii(text)[1:-1]
+    if text.isprintable():
+        return text
+    escaped = ascii(text)[1:-1]  # up to ten times as long
+    return escaped if len(escaped) <= 300 else f"{escaped[:280]}..."
 
 
 def check_tree(root: Any, inside: Callable[[Any], Any]) -> None:
