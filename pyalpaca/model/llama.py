@@ -124,6 +124,7 @@ def layer(
     a_BSD = again(enter(x_BSD, params["attention_norm"]), enter, x_BSD, params["attention_norm"])
     mixed_BSD = axis.exit(attention(params["attention"], a_BSD, table, config, axis, cache, drop))
     f_BSD, x_BSD = add_rms_norm(mixed_BSD, x_BSD, params["ffn_norm"], config.norm_eps)
+    del a_BSD, mixed_BSD  # what autograd does not keep is gone before the wider half begins
     f_BSD = again(axis.enter(f_BSD), enter, x_BSD, params["ffn_norm"])
     return x_BSD + axis.exit(feed_forward(params["ffn"], f_BSD, config, again, drop))
 

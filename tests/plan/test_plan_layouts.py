@@ -72,10 +72,6 @@ def test_every_rank_moves_the_bytes_of_the_formula(name: str) -> None:
         assert sum(moved.values()) > 0
 
 
-# What the fused norm makes while a block is computed again is not in the plan; where nothing else is large, it shows.
-WITHIN = {"tp2 frozen ends": 0.13}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_every_stage_takes_the_memory_that_was_planned(name: str) -> None:
     world, config = CASES[name]
@@ -84,4 +80,4 @@ def test_every_stage_takes_the_memory_that_was_planned(name: str) -> None:
     for stage, planned in enumerate(stages):
         ranks = measured(world)[name][stage * config.tp * replicas : (stage + 1) * config.tp * replicas]
         most = max(found.peak for _, found in ranks)
-        assert planned.memory.total == pytest.approx(most, rel=WITHIN.get(name, 0.1)), f"stage {stage}"
+        assert planned.memory.total == pytest.approx(most, rel=0.1), f"stage {stage}"
