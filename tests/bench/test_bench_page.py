@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pyalpaca.bench.convert.page import find_goals, page, table
-from pyalpaca.bench.convert.run import geometric_means
+from pyalpaca.bench.means import geometric_means
 
 MACHINE = {
     "cpu": "Abacus",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ from pyalpaca.bench.convert.measure import measure_cases, measure_halved, measur
 from pyalpaca.bench.convert.model import ALPACA_ROWS, BASE_ROWS, SCALES, parse_scale
 from pyalpaca.bench.convert.page import page, table
 from pyalpaca.bench.machine import limits, machine, rounded
+from pyalpaca.bench.means import geometric_means
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -54,13 +54,6 @@ def run(settings: Settings) -> dict[str, Any]:
             "rows": rows,
             "geomean": geometric_means(rows),
         }
-
-
-def geometric_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """{peer: geometric mean over the rows of the peer's time over ours}."""
-    peers = sorted({peer for row in rows for peer in row["vs"]})
-    logs = {peer: [math.log(row["vs"][peer]) for row in rows if peer in row["vs"]] for peer in peers}
-    return {peer: round(math.exp(statistics.fmean(values)), 3) for peer, values in logs.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pyalpaca.bench.means import geometric_mean, geometric_means
 
 Row = Mapping[str, Any]
 HALVES = ("bfloat16", "float16")
@@ -130,18 +130,9 @@ def memory_ratio(row: Row, peer: str) -> float | None:
     return theirs / ours if theirs and ours else None
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    return math.exp(statistics.fmean(math.log(value) for value in values))
-
-
 def means(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Geometric means of `vs` by peer, over all rows and over the shapes of each operator/direction/dtype."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault("/".join(row["name"].split("/")[:3]), []).append(row)
-    return _means(rows), {name: _means(group) for name, group in groups.items()}
-
-
-def _means(rows: Sequence[Row]) -> dict[str, float]:
-    peers = dict.fromkeys(peer for row in rows for peer in row["vs"])
-    return {peer: round(geometric_mean(row["vs"][peer] for row in rows if peer in row["vs"]), 3) for peer in peers}
+    return geometric_means(rows), {name: geometric_means(group) for name, group in groups.items()}

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pyalpaca.bench.convert.run import geometric_means
 from pyalpaca.bench.machine import cores, machine
+from pyalpaca.bench.means import geometric_means
 from pyalpaca.bench.train.cases import CONTESTANTS, DEFAULT, SCALES
 from pyalpaca.files import atomic_file
 
