@@ -18,12 +18,6 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Per-token negative log-likelihood, fp32 (B, S); 0 where the label is -100."""
-    loss = F.cross_entropy(logits_BSV.float().flatten(0, -2), labels_BS.flatten(), ignore_index=-100, reduction="none")
-    return loss.view(labels_BS.shape)
-
-
 def embedding(weight_VD: Tensor, tokens_BS: Tensor) -> Tensor:
     return F.embedding(tokens_BS, weight_VD)
 
@@ -38,9 +32,8 @@ class Axis:
     gathered forward, the summed gradient's piece backward.
     exit: after a projection cut by input. Whole stream: sum forward, identity backward; cut: the sum's piece, gathered.
     embedding: look-up in this rank's rows of the embedding, summed over ranks; cut like the stream.
-    cross_entropy: per-token loss (B, S) from this rank's columns of the logits, of S or (filled up) more positions.
-    head_loss: scale x the sum of these losses from hidden states (B, S or more, D) and this rank's rows of the head, without
-    holding the logits.
+    head_loss: scale x the sum of the losses, fp32 scalar, from hidden states (B, S or more, filled up, D), this rank's rows
+    of the head and labels (B, S), without holding the logits.
     gather_logits: this rank's columns -> all columns, for sampling; no gradient.
     rope_table: cos and sin of what attention sees, from its start and the length of the stream on this rank.
     attend: causal attention of queries (B, S, H, d) to keys and values (B, S, K, d) of the same positions, without a cache.
@@ -52,7 +45,6 @@ class Axis:
     enter: Callable[[Tensor], Tensor] = identity
     exit: Callable[[Tensor], Tensor] = identity
     embedding: Callable[[Tensor, Tensor], Tensor] = embedding
-    cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     head_loss: Callable[[Tensor, Tensor, Tensor, float | Tensor], Tensor] = linear_cross_entropy
     gather_logits: Callable[[Tensor], Tensor] = identity
     rope_table: Callable[[LlamaConfig, int, int, torch.device], Rope] = rope_table

@@ -10,7 +10,7 @@ serves which operator, and why.
 
 from pyalpaca.ops.ascend import npu_kernels
 from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report
-from pyalpaca.ops.cross_entropy import Shards, linear_cross_entropy
+from pyalpaca.ops.cross_entropy import Shards, chunk_tokens, linear_cross_entropy
 from pyalpaca.ops.memory import idle_memory, reuse_memory
 from pyalpaca.ops.operators import (
     adamw_,
@@ -45,6 +45,7 @@ __all__ = [
     "backend",
     "backend_report",
     "cached_attention",
+    "chunk_tokens",
     "dequantize",
     "flash_attention",
     "flash_attention_backward",

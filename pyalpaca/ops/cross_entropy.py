@@ -17,6 +17,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from pyalpaca.ops.operators import linear, linear_dweight_add_, linear_dx
 
 CHUNK = 378  # tokens: as many as a product on CPU works at together
+LEAST, MOST_BYTES = 64, 96 << 20  # for wide vocabularies fewer, so that a chunk's logits take no more
+
+
+def chunk_tokens(tokens: int, vocabulary: int) -> int:
+    """How many of so many tokens have their logits, fp32, at once; vocabulary: the rows of the head."""
+    return min(tokens, CHUNK, max(LEAST, MOST_BYTES // (4 * max(vocabulary, 1))))
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -24,11 +30,13 @@ def _alone(x: Tensor) -> Tensor:
 
 
 class Shards(NamedTuple):
-    """How ranks that hold parts of the vocabulary agree: where this one's begins, and the maximum and sum over all of them."""
+    """How ranks that hold parts of the vocabulary agree: where this one's begins, the maximum and sum over all of them, and the
+    most rows that one of them holds, from which all know how many tokens a chunk has."""
 
     start: int = 0
     maximum: Callable[[Tensor], Tensor] = _alone
     total: Callable[[Tensor], Tensor] = _alone
+    rows: int = 0
 
 
 WHOLE = Shards()
@@ -40,8 +48,9 @@ def linear_cross_entropy(
     """scale x the sum of the negative log-likelihoods of `labels` under the logits x weight^T, without holding these logits.
 
     x (..., D), weight (V, D) of the same dtype, labels int64 (...), -100 where no loss is taken; scale: a number or a scalar
-    without gradient -> fp32 scalar. Differentiable once, in x and weight. With `shards`, weight is this rank's rows and labels
-    are those of the whole vocabulary; every rank gets the loss, its own rows' gradient, and its summand of that of x.
+    without gradient -> fp32 scalar. Differentiable in x and weight, by one backward pass. With `shards`, weight is this rank's
+    rows and labels are those of the whole vocabulary; every rank gets the loss, its own rows' gradient, and its summand of that
+    of x.
     ValueError for labels of another shape, or, where the vocabulary is whole, outside of it.
     """
     if has_torch_function_variadic(x, weight_VD):
@@ -68,8 +77,9 @@ class _Loss(torch.autograd.Function):
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[0] else None
         # Summed over chunks in fp32, whatever the weight's dtype is.
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for first in range(0, len(x_TD), CHUNK):
-            rows = slice(first, first + CHUNK)
+        step = chunk_tokens(len(x_TD), shards.rows or len(weight_VD))
+        for first in range(0, len(x_TD), max(step, 1)):
+            rows = slice(first, first + step)
             x, labels = x_TD[rows], labels_T[rows]
             losses, gradient = _chunk(x, weight_VD, labels, scale, shards, gradient=any(ctx.needs_input_grad))
             total += losses.double().sum()
@@ -77,15 +87,21 @@ class _Loss(torch.autograd.Function):
                 dx_TD[rows] = linear_dx(gradient, weight_VD)
             if dweight_VD is not None:
                 linear_dweight_add_(dweight_VD, gradient, x)
+            del gradient  # before the next one is made
         ctx.found = dx_TD, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
         return (total * scale).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if ctx.found is None:
+            raise RuntimeError("linear_cross_entropy: found a second backward pass, expected one; run the forward pass again")
+        # Nothing here holds on to them, so that autograd may take the gradient of a leaf as it is instead of copying it.
+        (dx_TD, dweight_VD), ctx.found = ctx.found, None
         # The gradient of a loss by itself is 1, and a pass over the head's gradient would be for nothing.
-        one = grads[0].device.type == "cpu" and grads[0].item() == 1.0
-        dx_TD, dweight_VD = (g if g is None or one else (g * grads[0]).to(g.dtype) for g in ctx.found)
+        if grads[0].device.type == "cpu" and grads[0].item() == 1.0:
+            return dx_TD, dweight_VD, None, None, None
+        dx_TD, dweight_VD = (g if g is None else (g * grads[0]).to(g.dtype) for g in (dx_TD, dweight_VD))
         return dx_TD, dweight_VD, None, None, None
 
 

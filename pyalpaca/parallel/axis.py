@@ -71,34 +71,6 @@ class _Scatter(torch.autograd.Function):
         return all_gather_sequence(grads[0], ctx.group), None
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Per-token loss from the vocabulary columns [start, stop) of each rank; the whole logits never meet on one rank."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_BSV: Tensor, labels_BS: Tensor, start: int, group: dist.ProcessGroup) -> Tensor:
-        x = logits_BSV.float()
-        top_BS1 = all_reduce(x.amax(-1, keepdim=True), group, dist.ReduceOp.MAX)
-        probability = (x - top_BS1).exp_()
-        total_BS1 = all_reduce(probability.sum(-1, keepdim=True), group)
-        local = labels_BS - start
-        mine = (local >= 0) & (local < x.shape[-1])
-        index_BS1 = local.where(mine, 0).unsqueeze(-1)
-        target_BS = all_reduce(x.gather(-1, index_BS1).squeeze(-1).where(mine, 0.0), group)
-        counted = labels_BS != -100
-        loss_BS = (total_BS1.log() + top_BS1).squeeze(-1) - target_BS
-        ctx.save_for_backward(probability.div_(total_BS1), index_BS1, mine, counted)
-        ctx.dtype = logits_BSV.dtype
-        return loss_BS.where(counted, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        probability, index_BS1, mine, counted = ctx.saved_tensors
-        # Saved tensors may be used by a second backward pass, so this one works on a copy.
-        grad = probability.clone()
-        grad.scatter_add_(-1, index_BS1, -mine.unsqueeze(-1).to(grad.dtype))
-        return (grad * grads[0].where(counted, 0.0).unsqueeze(-1)).to(ctx.dtype), None, None, None
-
-
 def tensor_axis(mesh: Mesh, vocab_size: int, sequence_parallel: bool = False) -> Axis:
     """The Axis of a mesh; vocab_size: of the whole model, cut as the sharding table says (the last rank takes the remainder).
 
@@ -118,14 +90,14 @@ def tensor_axis(mesh: Mesh, vocab_size: int, sequence_parallel: bool = False) ->
     def filled(x_BSD: Tensor) -> Tensor:
         return F.pad(x_BSD, (0, 0, 0, -x_BSD.shape[1] % mesh.tp))
 
-    shards = Shards(start, lambda x: all_reduce(x, group, dist.ReduceOp.MAX), lambda x: all_reduce(x, group))
+    most = max(last - first for first, last in shares)
+    shards = Shards(start, lambda x: all_reduce(x, group, dist.ReduceOp.MAX), lambda x: all_reduce(x, group), most)
     whole = Axis(
         rank=mesh.tp_rank,
         size=mesh.tp,
         enter=lambda x: _Enter.apply(x, group),
         exit=lambda x: _Exit.apply(x, group),
         embedding=lambda weight, tokens: _Exit.apply(rows(weight, tokens), group),
-        cross_entropy=lambda logits, labels: _CrossEntropy.apply(logits, labels, start, group),
         head_loss=lambda x, weight, labels, scale: linear_cross_entropy(x, weight, labels, scale, shards),
         gather_logits=lambda x: all_gather_columns(x, [b - a for a, b in shares], group),
     )
@@ -137,7 +109,6 @@ def tensor_axis(mesh: Mesh, vocab_size: int, sequence_parallel: bool = False) ->
         enter=lambda x: _Gather.apply(x, group),
         exit=lambda x: _Scatter.apply(x, group),
         embedding=lambda weight, tokens: _Scatter.apply(filled(rows(weight, tokens)), group),
-        cross_entropy=lambda logits, labels: _CrossEntropy.apply(logits[:, : labels.shape[1]], labels, start, group),
         head_loss=lambda x, *rest: whole.head_loss(x[:, : rest[1].shape[1]], *rest),
         rope_table=lambda config, at, length, device: ONE_DEVICE.rope_table(config, at, length * mesh.tp, device),
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pyalpaca.model import Parameter
+from pyalpaca.ops import chunk_tokens
 from pyalpaca.plan.job import Job, local_shape
 
 FP32 = 4
@@ -66,24 +67,24 @@ def rotary_bytes(job: Job) -> int:
 
 
 def head_bytes(job: Job) -> int:
-    """Of what is kept of the last norm, the head and the loss, for one micro-batch."""
+    """Of what is kept of the last norm, and of the head with the loss, whose gradients are made in the forward pass."""
     stream = job.stream_tokens * (job.model.hidden_size * job.width + FP32)
-    normalised = job.gathered_tokens * job.model.hidden_size * job.width if _head_learns(job) else 0
-    log_probabilities = job.gathered_tokens * _vocabulary(job) * FP32
-    return stream + normalised + log_probabilities
+    return stream + (job.tokens * job.model.hidden_size + _head_numbers(job)) * job.width
 
 
 def head_work(job: Job) -> int:
-    """The most that the backward pass holds at once of the loss and the head, beyond what was kept."""
-    logits = job.gathered_tokens * _vocabulary(job)
-    # Of the loss: the gradients of the log-probabilities and of the logits, fp32, beside the log-probabilities themselves.
-    loss = 2 * logits * FP32
-    if job.width != FP32 and job.tp > 1:
-        loss += logits * job.width
-    # Of the head: the gradients of logits, weight and input. The log-probabilities are gone by then.
-    weight = _vocabulary(job) * job.model.hidden_size * job.width if _head_learns(job) else 0
-    given = job.gathered_tokens * job.model.hidden_size * job.width
-    return max(loss, logits * job.width + weight + given - logits * FP32)
+    """The most that the head and the loss hold at once in the forward pass, beyond what they keep."""
+    D, e, narrow = job.model.hidden_size, job.width, job.width < FP32
+    vocabulary = local_shape(job.table[0], job)[0]
+    chunk = chunk_tokens(job.tokens, vocabulary)
+    normalised = job.gathered_tokens * D * e
+    if job.gathered_tokens > job.tokens and job.micro_batch > 1:
+        normalised += job.tokens * D * e  # without what fills the sequences up, they are laid side by side again
+    # A chunk's logits, in fp32 and in their own type, and then beside these a chunk of the input's gradient.
+    logits = chunk * max(vocabulary * (FP32 + e if narrow else FP32), (vocabulary + D) * e)
+    # The weight's gradient is summed up in fp32; its rounded copy is already counted.
+    chunks, rounding = _head_numbers(job) * (FP32 - e) + logits, _head_numbers(job) * FP32 if narrow else 0
+    return normalised + max(chunks, rounding)
 
 
 def block_work(job: Job, how: str) -> int:
@@ -100,12 +101,9 @@ def block_work(job: Job, how: str) -> int:
     return again + max((seen * (D + F) + weight) * e, seen * (D + 3 * F) * e - product)
 
 
-def _vocabulary(job: Job) -> int:
-    return local_shape(job.table[0], job)[0]
-
-
-def _head_learns(job: Job) -> bool:
-    return not job.lora_r or "lm_head" in job.lora_full or (job.model.tie_embeddings and "embed_tokens" in job.lora_full)
+def _head_numbers(job: Job) -> int:
+    """Of the head's gradient: how many numbers of the head are here, if it learns."""
+    return numbers([p for p in job.table if p.path == job.head and job.learns(p)], job)
 
 
 def numbers(parameters: Iterable[Parameter], job: Job) -> int:

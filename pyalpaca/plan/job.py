@@ -128,6 +128,11 @@ class Job:
         base = parameters(self.model)
         return [*base, *lora_parameters(base, self.lora_r, self.lora_targets)] if self.lora_r else base
 
+    @property
+    def head(self) -> str:
+        """The path of the parameter that makes the logits."""
+        return "embed" if self.model.tie_embeddings else "head"
+
     @cached_property
     def block_table(self) -> list[Parameter]:
         """The parameters of one block; all blocks are alike."""

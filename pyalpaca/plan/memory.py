@@ -77,14 +77,16 @@ def memory(job: Job, stage: int, held: float) -> Memory:
     how = [job.recomputed(i) for i in layers]
     bytes_of, work_of = ({h: f(job, h) for h in set(how)} for f in (block_bytes, block_work))
     kept = [rotary_bytes(job), *(bytes_of[h] for h in how)]
-    activations = sum(kept) + (head_bytes(job) if last else 0)
+    head = head_bytes(job) if last else 0
+    activations = sum(kept) + head
     # The backward pass goes from the end: when a block's turn comes, what was kept after it is gone.
     moments = [sum(kept[: n + 2]) + work_of[h] for n, h in enumerate(how)]
     if last:
         moments.append(activations + head_work(job))
     if job.zero == 3:
         buffers += 2 * numbers(job.block_table, job) * job.width  # one block's weights, gathered while the one before is in use
-    work, kept_of_all = max(0, max(moments) - activations), round(activations * held)
+    # Of the head only one micro-batch is under way: its backward pass follows at once, and weights it leaves none to be put off.
+    work, kept_of_all = max(0, max(moments) - activations), round(sum(kept) * held) + head
     # What ZeRO-1 leaves a rank of the sums comes when the activations have gone.
     buffers += max(0, _received(job, stage) - kept_of_all - work)
     return Memory(weights, gradients, optimizer, kept_of_all, work, buffers)

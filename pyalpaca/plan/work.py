@@ -75,12 +75,14 @@ def ends_work(job: Job, stage: int) -> tuple[Work, Work]:
         forward += Work(0.0, 2 * stream)
         backward += Work(0.0, 2 * stream)
     if stage == job.pp - 1:
-        head = [p for p in job.table if p.path == ("embed" if job.model.tie_embeddings else "head")]
-        product = 2.0 * numbers(head, job) * job.gathered_tokens
-        logits = numbers(head, job) / job.model.hidden_size * job.gathered_tokens
-        # The loss reads the logits for their largest, for the sum and for the log-probabilities, which it writes.
-        forward += Work(product, 2 * stream + logits * (3 * job.width + 2 * FP32))
-        backward += Work(product * (1 + job.learns(head[0])), 3 * stream + logits * (4 * FP32 + job.width))
+        head = [p for p in job.table if p.path == job.head]
+        product = 2.0 * numbers(head, job) * job.tokens
+        logits = numbers(head, job) / job.model.hidden_size * job.tokens
+        # The head's gradients are made in the forward pass, chunk by chunk. The loss widens the logits, reads them for their
+        # largest and their sum, and makes of them in place their distances, weights and gradients, which are narrowed again.
+        narrow = 2 * (job.width + FP32) if job.width < FP32 else 0
+        forward += Work(product * (2 + job.learns(head[0])), 2 * stream + logits * (2 * job.width + 8 * FP32 + narrow))
+        backward += Work(0.0, 3 * stream)
     return forward, backward
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from importlib import import_module
@@ -29,6 +29,7 @@ from pyalpaca.train.schedule import learning_rate
 from pyalpaca.train.step import Metrics, Setup, TrainState, advance, axis_of, judge, label_count, sample_numbers
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+Head = Callable[[Tensor, Tensor], Tensor]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,10 +47,10 @@ class _Part(nn.Module):
         tree = unflatten({name.replace("/", "."): p for name, p in self.named_parameters()})
         return {"layers": {}, **tree}
 
-    def forward(self, x: Tensor, dropout: Dropout | None, axis: Axis) -> Tensor:
+    def forward(self, x: Tensor, dropout: Dropout | None, axis: Axis, head: Head | None = None) -> Tensor:
         config = self._setup.config
         how, every = cast(Recompute, config.recompute), config.recompute_every
-        return forward(self.tree(), x, self._setup.model, axis, recompute=how, recompute_every=every, dropout=dropout)
+        return forward(self.tree(), x, self._setup.model, axis, recompute=how, recompute_every=every, dropout=dropout, head=head)
 
 
 class _Model(nn.Module):
@@ -61,12 +62,12 @@ class _Model(nn.Module):
         trees = [{"embed": params["embed"]}, *layers, {"norm": params["norm"], "head": params["head"]}]
         self.parts = nn.ModuleList(_Part(tree, setup) for tree in trees)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, dropout: Dropout | None, axis: Axis) -> Tensor:
-        """The sum of the losses of all labels."""
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, dropout: Dropout | None, axis: Axis, scale: Tensor) -> Tensor:
+        """scale x the sum of the losses of all labels."""
         x = tokens_BS
         for part in self.parts:
-            x = part(x, dropout, axis)
-        return ONE_DEVICE.cross_entropy(x, labels_BS).sum()
+            x = part(x, dropout, axis, lambda last, weight: axis.head_loss(last, weight, labels_BS, scale))
+        return x
 
     def leaves(self) -> dict[str, nn.Parameter]:
         return {name.replace("/", "."): p for part in self.parts for name, p in part.named_parameters()}
@@ -143,17 +144,18 @@ class _Zero:
         engine.optimizer.loss_scaler.cur_scale = scale
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        count = label_count(labels_NBS, mesh)
+        # DeepSpeed takes the mean over ranks of gradients that are already shares of the mean over all labels.
+        factor = scale * mesh.dp / label_count(labels_NBS, mesh)
         numbers_NB = sample_numbers(tokens_NBS, state.samples, mesh)
         total = torch.zeros((), device=mesh.device)
         rows = tokens_NBS.shape[1]
         for i, (tokens, labels, numbers) in enumerate(zip(tokens_NBS, labels_NBS, numbers_NB, strict=True)):
             dropout = Dropout(config.lora_dropout, config.seed, numbers) if config.lora_dropout else None
             axis = axis_of(ONE_DEVICE, starts and starts[i * rows : (i + 1) * rows])
-            loss = engine(tokens, labels, dropout, axis) / count
-            total += loss.detach()
-            # DeepSpeed takes the mean over ranks of gradients that are already shares of the mean over all labels.
-            engine.backward(loss * mesh.dp, scale_wrt_gas=False)
+            loss = engine(tokens, labels, dropout, axis, factor)
+            total += loss.detach() / (scale * mesh.dp)
+            # DeepSpeed multiplies by its loss scale, which this loss already has: its gradients are made with it.
+            engine.backward(loss / scale, scale_wrt_gas=False)
             engine.step()
         total = all_reduce(total, mesh.replica_group)
         overflow = bool(engine.optimizer.overflow)

@@ -155,7 +155,7 @@ def gradients(
     rows = tokens_NBS.shape[1]
 
     def forward_chunk(tree: Tree, i: int, x: Tensor | None) -> Tensor:
-        y = forward(
+        return forward(
             tree,
             tokens_NBS[i] if x is None else x,
             setup.model,
@@ -163,8 +163,8 @@ def gradients(
             recompute=cast(Recompute, config.recompute),
             recompute_every=config.recompute_every,
             dropout=Dropout(rate, config.seed, numbers_NB[i], positions) if rate else None,
+            head=lambda x, weight: setup.axis.head_loss(x, weight, labels_NBS[i], scale / count),
         )
-        return setup.axis.cross_entropy(y, labels_NBS[i]).sum() * (scale / count) if "norm" in tree else y
 
     wanted = {path: p for path, p in leaves.items() if path in setup.trainable}
     ranks = zero_ranks(mesh, config)

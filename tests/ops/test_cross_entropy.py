@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ops_cases import DTYPES, TOLERANCE, assert_near, backends_here, not_contiguous, random
 from torch import Tensor
 
-from pyalpaca.ops import Shards, backend, linear_cross_entropy
+from pyalpaca.ops import Shards, backend, chunk_tokens, linear_cross_entropy
 
 BACKENDS = backends_here()
 
@@ -132,6 +132,22 @@ def test_wrong_arguments_are_named() -> None:
         linear_cross_entropy(x, weight, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="found the label 30, expected 0 to 29, or -100"):
         linear_cross_entropy(x, weight, torch.tensor([0, 30, 1, -100]))
+
+
+def test_a_leaf_takes_its_gradient_as_it_is_and_there_is_no_second_one() -> None:
+    x, weight = random(20, 8), random(30, 8).requires_grad_()
+    loss = linear_cross_entropy(x, weight, labels_of(20, vocabulary=30))
+    made = loss.grad_fn.found[1].data_ptr()
+    loss.backward(retain_graph=True)
+    assert weight.grad is not None and weight.grad.data_ptr() == made
+    with pytest.raises(RuntimeError, match="a second backward pass, expected one"):
+        loss.backward()
+
+
+def test_a_wide_vocabulary_has_fewer_logits_at_once() -> None:
+    assert [chunk_tokens(5000, v) for v in (1, 8192, 49954)] == [378] * 3 and chunk_tokens(100, 8192) == 100
+    assert 64 < chunk_tokens(5000, 152064) < 378 and chunk_tokens(5000, 152064) * 152064 * 4 <= 96 << 20
+    assert chunk_tokens(5000, 10_000_000) == 64 and chunk_tokens(0, 8192) == 0
 
 
 def test_memory_does_not_grow_with_the_tokens() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from launch import launch
-from workers import all_losses, cross_entropy
+from workers import all_losses, head_loss
 
-from pyalpaca.model import ONE_DEVICE, LlamaConfig
+from pyalpaca.model import LlamaConfig
 from pyalpaca.train.config import TrainConfig
 
 # None of 2, 3 and 4 divides the vocabulary, nor the samples' 11 tokens.
@@ -116,14 +116,16 @@ def test_half_precision_follows_fp32(dtype: str) -> None:
     torch.testing.assert_close(alone(replace(FULL, dtype=dtype, lr=1e-3)), alone(replace(FULL, lr=1e-3)), atol=0, rtol=0.05)
 
 
-def test_cross_entropy_over_two_ranks_equals_one() -> None:
-    logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0)) * 20
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_loss_of_two_ranks_with_parts_of_the_vocabulary_equals_one(sequence_parallel: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 3, 8, generator=generator), torch.randn(11, 8, generator=generator) * 5
     labels = torch.tensor([[0, 4, 5], [10, -100, 7]])
-    whole = logits.clone().requires_grad_()
-    expected = ONE_DEVICE.cross_entropy(whole, labels)
-    expected.sum().backward()
-    assert whole.grad is not None
-    parts = launch(2, cross_entropy, logits, labels)
-    for loss, _ in parts:
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy((leaves[0] @ leaves[1].T).flatten(0, 1), labels.flatten(), reduction="sum") * 0.5
+    expected.backward()
+    parts = launch(2, head_loss, x, weight, labels, sequence_parallel)
+    for loss, dx, _ in parts:
         torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(torch.cat([grad for _, grad in parts], -1), whole.grad)
+        torch.testing.assert_close(dx if not sequence_parallel else sum(grad for _, grad, _ in parts), leaves[0].grad)
+    torch.testing.assert_close(torch.cat([grad for *_, grad in parts]), leaves[1].grad)

@@ -28,16 +28,18 @@ from pyalpaca.train.engine import open_engine
 from pyalpaca.train.loop import plan, start
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of this rank's columns, by the tensor-parallel cross entropy."""
+def head_loss(x: Tensor, weight: Tensor, labels: Tensor, sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the gradients of x and of this rank's rows of the head, by the tensor-parallel head."""
     mesh = init_mesh(tp=2)
-    axis = tensor_axis(mesh, logits.shape[-1])
-    columns = logits.tensor_split([logits.shape[-1] // 2], -1)[mesh.tp_rank].clone().requires_grad_()
-    loss = axis.cross_entropy(columns, labels)
-    loss.sum().backward()
-    assert columns.grad is not None
-    assert torch.equal(axis.gather_logits(columns.detach()), logits)
-    return loss.detach(), columns.grad
+    axis = tensor_axis(mesh, len(weight), sequence_parallel)
+    x = x.clone().requires_grad_()
+    rows = weight.tensor_split([len(weight) // 2])[mesh.tp_rank].clone().requires_grad_()
+    stream = torch.nn.functional.pad(x, (0, 0, 0, axis.length(x.shape[1]) * axis.pieces - x.shape[1]))
+    loss = axis.head_loss(axis.enter(stream.chunk(axis.pieces, 1)[mesh.tp_rank % axis.pieces]), rows, labels, 0.5)
+    loss.backward()
+    assert x.grad is not None and rows.grad is not None
+    assert torch.equal(axis.gather_logits(x.detach() @ rows.detach().T), x.detach() @ weight.T)
+    return loss.detach(), x.grad, rows.grad
 
 
 def losses(config: TrainConfig, model: LlamaConfig, steps: int) -> list[tuple[float, float]]:
@@ -96,8 +98,10 @@ def descend(
         tokens, labels = text[..., :-1], text[..., 1:]
 
         def stage(tree: Tree, i: int, x: Tensor | None, tokens: Tensor = tokens, labels: Tensor = labels) -> Tensor:
-            y = forward(tree, tokens[i] if x is None else x, model, axis)
-            return axis.cross_entropy(y, labels[i]).sum() / labels.numel() if "norm" in tree else y
+            def token_mean(x: Tensor, weight: Tensor) -> Tensor:
+                return axis.head_loss(x, weight, labels[i], 1 / labels.numel())
+
+            return forward(tree, tokens[i] if x is None else x, model, axis, head=token_mean)
 
         trees = [unflatten({p.path: weights[p.path] for p in part}) for part in parts]
         losses = run_pipeline(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from memory_watch import MemoryWatch
@@ -54,6 +55,10 @@ def watched_step(state: TrainState, setup: Setup, tokens: torch.Tensor) -> Obser
     return Observed(before, watch.peak)
 
 
+def head_loss(setup: Setup, labels: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return setup.axis.head_loss(x, weight, labels, 1.0)
+
+
 def kept(config: TrainConfig, model: LlamaConfig) -> int:
     """Bytes that the forward pass of one micro-batch leaves behind for the backward pass, on one device."""
     state, setup, tokens = begin(config, model)
@@ -63,9 +68,8 @@ def kept(config: TrainConfig, model: LlamaConfig) -> int:
         before = watch.alive
         how = {"recompute": config.recompute, "recompute_every": config.recompute_every}
         starts = [(0, 40, 90)] * config.micro_batch_size if config.pack else None
-        y = forward(unflatten(leaves), tokens[0], setup.model, axis_of(setup.axis, starts), **how)  # type: ignore[arg-type]
-        loss = setup.axis.cross_entropy(y, labels).sum()
-        del y
+        head = partial(head_loss, setup, labels)
+        loss = forward(unflatten(leaves), tokens[0], setup.model, axis_of(setup.axis, starts), head=head, **how)  # type: ignore[arg-type]
         found = watch.alive - before
     assert loss.requires_grad
     return found
