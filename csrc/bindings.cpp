@@ -34,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
       "Read bytes at an address on torch's threads, the exclusive or of their words: the limit of a benchmark.");
   m.def("reuse_memory", &pyalpaca::reuse_memory, "Let torch's tensors on the CPU come from the pool, or not any more.");
   m.def("idle_memory", [] { return pyalpaca::pool().idle(); }, "Bytes that lie idle in the pool.");
+  m.def("release_memory", [] { pyalpaca::pool().release(); }, "Give what lies idle in the pool back to the system.");
 }

@@ -61,13 +61,7 @@ void* Pool::take(size_t size) {
   if (data != nullptr) return data;
   data = map(size);
   if (data == nullptr) {  // the system has none: what lies idle may be enough
-    std::list<Block> all;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      all.swap(idle_);
-      idle_bytes_ = 0;
-    }
-    for (const Block& old : all) munmap(old.data, old.size);
+    release();
     data = map(size);
   }
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -103,6 +97,16 @@ void Pool::keep(bool whole) {
     release_surplus(surplus);
   }
   for (const Block& old : surplus) munmap(old.data, old.size);
+}
+
+void Pool::release() {
+  std::list<Block> all;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    all.swap(idle_);
+    idle_bytes_ = 0;
+  }
+  for (const Block& old : all) munmap(old.data, old.size);
 }
 
 size_t Pool::idle() const {

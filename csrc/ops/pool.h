@@ -23,6 +23,9 @@ class Pool {
   // most that has ever been in use at once: memory that was needed once is needed again, as in a loop of equal steps.
   void keep(bool whole);
 
+  // Gives all that lies idle back to the system.
+  void release();
+
   size_t idle() const;
 
   // Held over a fork, so that no other thread's change is half done in the child.

@@ -11,7 +11,7 @@ serves which operator, and why.
 from pyalpaca.ops.ascend import npu_kernels
 from pyalpaca.ops.backend import BACKENDS, OperatorReport, backend, backend_report
 from pyalpaca.ops.cross_entropy import Shards, chunk_tokens, linear_cross_entropy
-from pyalpaca.ops.memory import idle_memory, reuse_memory
+from pyalpaca.ops.memory import idle_memory, release_memory, reuse_memory
 from pyalpaca.ops.operators import (
     adamw_,
     add_rms_norm,
@@ -61,6 +61,7 @@ __all__ = [
     "lora_merge",
     "npu_kernels",
     "quantize",
+    "release_memory",
     "reuse_memory",
     "rms_norm",
     "rope",

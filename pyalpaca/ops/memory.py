@@ -21,6 +21,12 @@ def reuse_memory(on: bool = True) -> bool:
     return on
 
 
+def release_memory() -> None:
+    """Give what the pool holds for later back to the system: the next tensors are of fresh pages, as in a new process."""
+    if extension.problem() is None:
+        extension.module().release_memory()
+
+
 def idle_memory() -> int:
     """Bytes that the pool holds for later."""
     return int(extension.module().idle_memory()) if extension.problem() is None else 0

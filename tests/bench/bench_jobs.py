@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PEAK = 0.1  # seconds that a peak lasts, ten looks
@@ -67,5 +67,30 @@ def fail(path: str) -> Callable[[], None]:
 
     def work() -> None:
         Path(path).read_bytes()
+
+    return work
+
+
+def operator_peaks(cases: Sequence[tuple[str, Sequence[int], str, str]]) -> Callable[[], dict[str, dict[str, int | None]]]:
+    """The peak memory of ours and of plain torch for (operator, sizes, dtype, direction), after a call of the small shape."""
+    import torch
+
+    from pyalpaca.bench.kernels.device import cpu_peak
+    from pyalpaca.bench.kernels.measure import prepared
+    from pyalpaca.bench.kernels.operator import Case
+    from pyalpaca.bench.kernels.records import OPERATORS
+
+    def work() -> dict[str, dict[str, int | None]]:
+        torch.manual_seed(0)
+        found: dict[str, dict[str, int | None]] = {}
+        for name, sizes, dtype, direction in cases:
+            operator = OPERATORS[name]
+            plain = next(peer for peer in operator.peers if peer.name == "plain")
+            small = next(shape for label, shape in operator.shapes.items() if label.startswith("small/"))
+            for who, function in (("ours", operator.ours), ("plain", plain.build())):
+                prepared(function, operator.make(Case(small, dtype)), direction)()
+                inputs = operator.make(Case(tuple(sizes), dtype))
+                found.setdefault(f"{name}/{direction}", {})[who] = cpu_peak(prepared(function, inputs, direction))
+        return found
 
     return work

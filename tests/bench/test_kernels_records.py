@@ -23,9 +23,9 @@ IN_PLACE = {"adamw_", "rope_qk_store"}
 
 def cases() -> Iterator[tuple[Operator, Case]]:
     for operator in OPERATORS.values():
-        label = next(label for label in operator.shapes if label.startswith("small/"))
-        for dtype in operator.dtypes:
-            yield operator, Case(operator.shapes[label], dtype)
+        for label in (label for label in operator.shapes if label.startswith("small/")):
+            for dtype in operator.dtypes:
+                yield operator, Case(operator.shapes[label], dtype)
 
 
 def name(value: Any) -> str:

@@ -34,7 +34,7 @@ def test_each_turn_empties_the_caches_waits_and_turns_the_order_round() -> None:
     found = take_turns(calls, recorder(log), Budget(seconds=0, rounds=3))
     turn = {name: ["flush", "wait", name, "wait", name, "wait"] for name in "ab"}
     # Once for the memory; then a cold call, and warm ones until 10 ms are over: one of 11 ms.
-    assert log == ["a", "b", *turn["a"], *turn["b"], *turn["b"], *turn["a"], *turn["a"], *turn["b"]]
+    assert log == ["a", "wait", "b", "wait", *turn["a"], *turn["b"], *turn["b"], *turn["a"], *turn["a"], *turn["b"]]
     for samples in found.values():
         assert len(samples.cold) == len(samples.warm) == len(samples.faults) == 3 and samples.peak == 7
         assert 0.011 <= samples.seconds < 0.05 and samples.cold_seconds is not None and samples.cold_seconds >= 0.011

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pyalpaca.bench.process import status
+from pyalpaca.ops import release_memory
 
 Call = Callable[[], object]
 _CLEAR = Path("/proc/self/clear_refs")
@@ -72,8 +73,10 @@ def last_level_cache() -> int:
 def cpu_peak(call: Call) -> int | None:
     """The growth of this process's resident memory during a call: VmHWM, reset just before, less what was resident then.
 
-    Free memory that malloc holds is given back first, so that a call which takes it again is seen to.
+    Free memory that malloc and the operators' pool hold is given back first, so that a call which takes it again is seen to:
+    ours and the peers' start alike, as in a process where nothing was freed before.
     """
+    release_memory()
     _trim()
     before = sum(status().get(field, 0) for field in _RESIDENT)
     try:
@@ -83,6 +86,13 @@ def cpu_peak(call: Call) -> int | None:
         return None
     call()
     return max(status()["VmHWM"] - before, 0)
+
+
+def result_bytes(result: object) -> int:
+    """Of the tensors in what a call has returned."""
+    if isinstance(result, torch.Tensor):
+        return result.nbytes
+    return sum(map(result_bytes, result)) if isinstance(result, (tuple, list)) else 0
 
 
 def _trim() -> None:

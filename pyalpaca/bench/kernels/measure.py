@@ -157,6 +157,7 @@ def _summary(samples: Samples) -> dict[str, Any]:
         "calls": len(samples.warm),
         "page_faults": round(sorted(samples.faults)[len(samples.faults) // 2]),
         "peak_bytes": samples.peak,
+        "result_bytes": samples.result,
     }
 
 

@@ -65,7 +65,7 @@ class Peer:
 
     build: imports what it needs and returns the function. prepare: the inputs in the layout that the peer likes best, not timed.
     needs: modules without which it is left out. compiles: its first call takes seconds for other reasons than the work; unless it
-    is asked for by name, it is measured in the first dtype and shape of an operator alone.
+    is asked for by name, it is measured in the first dtype and shape of an operator alone. suits: whether it knows a case at all.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Peer:
     dtypes: tuple[str, ...] | None = None
     directions: tuple[str, ...] = DIRECTIONS
     compiles: bool = False
+    suits: Callable[[Case], bool] = lambda case: True
 
     def missing(self) -> list[str]:
         """Modules that are not installed."""
@@ -83,8 +84,8 @@ class Peer:
 
     def takes(self, case: Case, direction: str) -> bool:
         """Whether it can be measured there at all."""
-        suits = self.dtypes is None or case.dtype in self.dtypes
-        return suits and case.device in self.devices and direction in self.directions
+        known = self.dtypes is None or case.dtype in self.dtypes
+        return known and case.device in self.devices and direction in self.directions and self.suits(case)
 
 
 @dataclass(frozen=True)

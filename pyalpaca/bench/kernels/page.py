@@ -13,9 +13,9 @@ from pyalpaca.bench.kernels.targets import memory_ratio
 Row = Mapping[str, Any]
 _COLUMNS = (
     *("seconds", "cold_seconds", "spread", "calls", "flops", "bytes", "flops_per_second", "bytes_per_second"),
-    *("limit", "limit_seconds", "limit_share", "cold_limit_share", "peak_bytes", "page_faults"),
+    *("limit", "limit_seconds", "limit_share", "cold_limit_share", "peak_bytes", "result_bytes", "page_faults"),
 )
-_OF_PEERS = ("seconds", "cold_seconds", "spread", "peak_bytes", "page_faults")
+_OF_PEERS = ("seconds", "cold_seconds", "spread", "peak_bytes", "result_bytes", "page_faults")
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -35,25 +35,46 @@ def _limits(result: Mapping[str, Any]) -> str:
     )
 
 
-def _rows(rows: Sequence[Row]) -> str:
-    head = ["operator / direction / dtype / shape", "ms", "spread", "cold ms", "GFLOP/s", "GB/s", "of the limit", "cold", "MB"]
-    head += ["faults", "times faster than", "cold, than"]
+def _rows(rows: Sequence[Row], *, explained: bool = False) -> str:
+    """A table for each operator: its rows, and a column for each peer. explained: with what its shapes and counts mean."""
+    parts = []
+    for name, of_operator in _by_operator(rows).items():
+        known = OPERATORS.get(name) if explained else None
+        parts += [
+            f"### {name}",
+            *([f"Shape: {known.axes}. Counted: {known.formula}."] if known else []),
+            _operator_table(of_operator),
+        ]
+    return "\n\n".join(parts)
+
+
+def _by_operator(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["name"].split("/")[0], []).append(row)
+    return groups
+
+
+def _operator_table(rows: Sequence[Row]) -> str:
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["vs"]))
+    head = ["direction / dtype / shape", "ms", "cold ms", "spread", "GFLOP/s", "GB/s", "of the limit", "cold", "MB", "plain's MB"]
+    head += ["faults", *(f"x {peer}" for peer in peers)]
     return _table(
         head,
         (
             [
-                row["name"],
+                row["name"].split("/", 1)[1],
                 _ms(row["seconds"]),
-                f"{row['spread']:.0%}",
                 _ms(row["cold_seconds"]),
+                f"{row['spread']:.0%}",
                 f"{row['flops_per_second'] / 1e9:.3g}",
                 f"{row['bytes_per_second'] / 1e9:.3g}",
                 f"{row['limit_share']:.0%} {row['limit']}",
                 _percent(row["cold_limit_share"]),
                 _megabytes(row["peak_bytes"]),
+                _megabytes(row["peers"].get("plain", {}).get("peak_bytes")),
                 str(row["page_faults"]),
-                _ratios(row["vs"]),
-                _ratios(row["vs_cold"]),
+                *(_ratio(row["vs"].get(peer), row["vs_cold"].get(peer)) for peer in peers),
             ]
             for row in rows
         ),
@@ -61,14 +82,12 @@ def _rows(rows: Sequence[Row]) -> str:
 
 
 def _means(result: Mapping[str, Any]) -> str:
-    peers = list(result["geomean"])
-    if not peers:
+    if not result["geomean"]:
         return ""
-    body = [
-        [name, *(f"{group[peer]:.2f}" if peer in group else "-" for peer in peers)]
-        for name, group in [*result["geomean_by"].items(), ("all", result["geomean"])]
-    ]
-    return "Geometric means of the peer's time over ours, over the shapes:\n\n" + _table(["", *peers], body)
+    groups = [*result["geomean_by"].items(), ("all", result["geomean"])]
+    body = [[name, ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in group.items())] for name, group in groups if group]
+    head = ["operator / direction / dtype", "times faster than"]
+    return "Geometric means of the peer's time over ours, over the shapes:\n\n" + _table(head, body)
 
 
 def _targets(result: Mapping[str, Any]) -> str:
@@ -101,7 +120,6 @@ def page(result: Mapping[str, Any]) -> str:
     """The whole page: how to run it, the machine, the tables, and how all of it was measured."""
     machine = result["machine"]
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB of memory, " if machine["memory_bytes"] else ""
-    shown = dict.fromkeys(row["name"].split("/")[0] for row in result["rows"])
     sections = [
         "# The operators",
         "`pyalpaca bench kernels` prints these tables and, as its last line, one JSON object with all of it; "
@@ -111,28 +129,27 @@ def page(result: Mapping[str, Any]) -> str:
         _limits(result),
         *filter(None, [_targets(result), _means(result)]),
         "## Every row",
-        _rows(result["rows"]),
+        "`x peer` is the peer's time over ours, in parentheses with emptied caches; MB is the most memory that a call took.",
+        _rows(result["rows"], explained=True),
         "## What is measured",
         "**Time.** Ours and the peers take turns in one process, the order turned round each time: each empties the caches by "
         "writing to four times the last level, is called once (`cold`), then again and again for 10 ms (`ms`). The numbers are "
         "medians; the spread is the middle half of the timings over the median. A call longer than 0.1 s is made once a round, "
         "one longer than 0.4 s once in all. The time includes giving up the result, and the page faults of fresh memory: "
-        "`faults` is how many (ru_minflt) one of our calls takes. `times faster than` is the peer's time over ours.",
+        "`faults` is how many (ru_minflt) one of our calls takes.",
         "**Share of the limit.** The time that the flops take at the rate of the product, or the bytes at the rate of copying "
         "(of reading, where less than a tenth as much is written as read), whichever is longer, over the median. That rate is "
         "measured again in each row, where it takes its turn as the peers do. The bytes are those that must move, each tensor "
         "once. With everything in the caches a small shape may pass 100 %.",
-        "**Memory.** MB is the growth of the resident memory (VmHWM, reset just before) in one call of ours, its result "
-        "included, without what was held before, which may be blocks that the operators keep for their results.",
-        _table(
-            ["operator", "shape", "flops and bytes"],
-            ([op.name, op.axes, op.formula] for op in (OPERATORS[name] for name in shown if name in OPERATORS)),
-        ),
+        "**Memory.** MB is the growth of the resident memory (VmHWM, reset just before) in one call, its result included, inputs "
+        "not. What malloc and the pool of the operators hold for later is given back first, so that ours and the peers' are "
+        "counted as in a fresh process; the calls that are timed afterwards find the pool filled, as in training.",
         "**Peers.** plain is the formula in plain torch (`pyalpaca.ops.reference`), compile the same through torch.compile for "
         "this very shape, measured in the first dtype and shape of an operator unless it is asked for by name. functional are "
         "torch's own functions (`F.rms_norm`, `F.silu`, `get_total_norm`), sdpa is `F.scaled_dot_product_attention` on the "
         "memory layout it likes best, fused and foreach are torch's AdamW, torch_bf16 and torch_float32 `F.linear` with "
-        "everything in that dtype beforehand, transformers its own function of the LLaMA model.",
+        "everything in that dtype beforehand, torch_int8 and torch_int4 torch's own products with packed integers, transformers "
+        "its own function of the LLaMA model (its loss is the plain one: all logits, in fp32).",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -141,8 +158,8 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
 
 
-def _ratios(ratios: Mapping[str, float]) -> str:
-    return ", ".join(f"{peer} {ratio:.3g}" for peer, ratio in ratios.items())
+def _ratio(warm: float | None, cold: float | None) -> str:
+    return "-" if warm is None else f"{warm:.3g}" + (f" ({cold:.3g})" if cold is not None else "")
 
 
 def _ms(seconds: float | None) -> str:

@@ -17,8 +17,9 @@ _LONG = ("llama7b/1024", "llama13b/1024", "llama7b/2048")
 class Target:
     """One line of what is asked.
 
-    measure: what is taken of a row. `share`: of the limit; `vs`: the time of `peer` over ours; `memory`: its peak over ours;
-    `float32`: our time in fp32 over that in this dtype. at_least: for every row, or for the geometric mean of them with `mean`.
+    measure: what is taken of a row. `share`: of the limit; `vs`: the time of `peer` over ours; `memory`: its peak over
+    ours, `workspace`: the same without the results; `float32`: our time in fp32 over that in this dtype. at_least: for every
+    row, or for the geometric mean of them with `mean`.
     dtypes, directions, shapes: which rows it is about; empty means all.
     """
 
@@ -46,6 +47,7 @@ class Target:
             "share": f"{self.at_least:.0%} of the limit",
             "vs": f"{self.at_least:g} x {self.peer}",
             "memory": f"{self.peer} takes {self.at_least:g} x our memory",
+            "workspace": f"beside the results {self.peer} takes {self.at_least:g} x our memory",
             "float32": f"at most {1 / self.at_least:.2f} x the time of fp32",
         }
         return f"{where}: {wanted[self.measure]}{' in the geometric mean' if self.mean else ''}"
@@ -54,8 +56,10 @@ class Target:
 _NORM = ("rms_norm", "add_rms_norm")
 _NORMS = ("llama7b/2048", "llama13b/8192")
 _ROPES = ("llama7b/2048", "llama13b/2048")
-_ADAMW = ("llama7b/attention", "small/60m")
+_ADAMW = ("llama7b/attention", "width768/60m")
 _ONE_TOKEN = ("llama7b/decode", "llama13b/decode")
+_CACHES = ("llama7b/2048", "llama13b/2048", "grouped/8192")
+_HEAD = ("linear_cross_entropy",)
 _FLASH = ("flash_attention",)
 _FLASH_SHAPES = ("llama7b/512", *_LONG)
 
@@ -77,6 +81,15 @@ TARGETS = (
     Target(("linear",), "vs", 20.0, peer="plain", mean=True, dtypes=("bfloat16",), shapes=_ONE_TOKEN),
     Target(("linear",), "share", 0.85, dtypes=HALVES, shapes=("llama7b/512",)),
     Target(("linear",), "vs", 50.0, peer="plain", mean=True, dtypes=("bfloat16",), shapes=("llama7b/512",)),
+    Target(("linear_quantized",), "share", 0.85, shapes=(*_ONE_TOKEN, "llama7b/decode/64")),
+    Target(("linear_quantized",), "vs", 20.0, peer="torch_bf16", mean=True, shapes=(*_ONE_TOKEN, "llama7b/decode/64")),
+    Target(("linear_quantized",), "share", 0.85, shapes=("llama7b/512", "llama7b/512/64")),
+    Target(("linear_quantized",), "vs", 50.0, peer="torch_bf16", mean=True, shapes=("llama7b/512", "llama7b/512/64")),
+    Target(("cached_attention",), "share", 0.80, shapes=_CACHES),
+    Target(("cached_attention",), "vs", 3.0, peer="sdpa", mean=True, shapes=_CACHES),
+    Target(_HEAD, "share", 0.85, shapes=("alpaca7b/512", "width1024/4096")),
+    Target(_HEAD, "vs", 1.15, peer="plain", mean=True, shapes=("alpaca7b/512", "width1024/4096")),
+    Target(_HEAD, "workspace", 10.0, peer="plain", shapes=("width1024/4096",)),
     Target(("adamw_",), "share", 0.85, shapes=_ADAMW),
     Target(("adamw_",), "vs", 1.5, peer="fused", mean=True, shapes=_ADAMW),
 )
@@ -117,6 +130,8 @@ def _value(target: Target, row: Row, seconds: Mapping[str, float]) -> float | No
         value = row["vs"].get(target.peer)
     elif target.measure == "memory":
         value = memory_ratio(row, target.peer)
+    elif target.measure == "workspace":
+        value = workspace_ratio(row, target.peer)
     else:
         operator, direction, _, shape = row["name"].split("/", 3)
         whole = seconds.get(f"{operator}/{direction}/float32/{shape}")
@@ -128,6 +143,17 @@ def memory_ratio(row: Row, peer: str) -> float | None:
     """The peak memory of a peer over ours; None where it was not measured or is too little to tell."""
     theirs, ours = row["peers"].get(peer, {}).get("peak_bytes"), row["peak_bytes"]
     return theirs / ours if theirs and ours else None
+
+
+def workspace_ratio(row: Row, peer: str) -> float | None:
+    """The same of what is held beside the results."""
+    theirs, ours = (_workspace(who) for who in (row["peers"].get(peer, {}), row))
+    return theirs / ours if theirs and ours else None
+
+
+def _workspace(measured: Mapping[str, Any]) -> int | None:
+    peak = measured.get("peak_bytes")
+    return None if peak is None else max(peak - measured["result_bytes"], 0)
 
 
 def means(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pyalpaca.bench.kernels.device import Call, Device
+from pyalpaca.bench.kernels.device import Call, Device, result_bytes
 
 _WARM_SLICE = 0.01  # seconds of calls with a full cache after each with an empty one
 _MOST_IN_SLICE = 50
@@ -30,13 +30,14 @@ class Budget:
 class Samples:
     """Of one contestant: seconds of single calls after the cache was emptied and behind one another, page faults of the latter.
 
-    peak: bytes of memory that a call took at most.
+    peak: bytes of memory that a call took at most, of which its result has so many.
     """
 
     cold: list[float] = field(default_factory=list)
     warm: list[float] = field(default_factory=list)
     faults: list[int] = field(default_factory=list)
     peak: int | None = None
+    result: int = 0
     spent: float = 0.0
 
     @property
@@ -76,14 +77,20 @@ def take_turns(calls: Mapping[str, Call], device: Device, budget: Budget) -> dic
 
 def _first(call: Call, samples: Samples, device: Device, budget: Budget) -> bool:
     """The call before the rounds; whether it was so slow that it is all that is measured."""
-    faults, start = _faults(), time.perf_counter()
-    samples.peak = device.peak(call)
-    seconds = time.perf_counter() - start
-    if seconds <= budget.slow:
-        return False
-    samples.warm.append(seconds)
-    samples.faults.append(_faults() - faults)
-    return True
+
+    def watched() -> None:
+        before, start = _faults(), time.perf_counter()
+        samples.result = result_bytes(call())
+        device.synchronize()
+        samples.warm.append(time.perf_counter() - start)
+        samples.faults.append(_faults() - before)
+
+    samples.peak = device.peak(watched)
+    if samples.seconds > budget.slow:
+        return True
+    samples.warm.clear()
+    samples.faults.clear()
+    return False
 
 
 def _round(call: Call, samples: Samples, device: Device) -> None:

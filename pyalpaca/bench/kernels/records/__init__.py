@@ -1,7 +1,7 @@
 """The records: every operator that `pyalpaca bench kernels` measures, in the order of the table."""
 
 from pyalpaca.bench.kernels.operator import Operator
-from pyalpaca.bench.kernels.records import adamw, attention, linear, lora, norms, rope, swiglu
+from pyalpaca.bench.kernels.records import adamw, attention, decode, linear, lora, loss, norms, quantized, rope, swiglu
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -13,7 +13,10 @@ OPERATORS: dict[str, Operator] = {
         rope.ROPE_QK_STORE,
         swiglu.SWIGLU,
         linear.LINEAR,
+        quantized.LINEAR_QUANTIZED,
         attention.FLASH_ATTENTION,
+        decode.CACHED_ATTENTION,
+        loss.LINEAR_CROSS_ENTROPY,
         adamw.ADAMW,
         adamw.GRAD_NORM,
         lora.LORA_MERGE,

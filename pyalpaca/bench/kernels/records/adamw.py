@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work, plain
 from pyalpaca.ops import adamw_, grad_norm, reference
 
-SHAPES = {"llama7b/attention": (4, 4096, 4096), "small/60m": (84, 768, 1024), "small/1m": (16, 256, 256)}
+SHAPES = {"llama7b/attention": (4, 4096, 4096), "width768/60m": (84, 768, 1024), "small/1m": (16, 256, 256)}
 LR, BETA1, BETA2, EPS, DECAY, STEP = 1e-4, 0.9, 0.95, 1e-8, 0.1, 10
 
 
@@ -32,30 +32,24 @@ def _work(case: Case, direction: str) -> Work:
     return Work(14 * values, 16 * values, 12 * values + (0.0 if case.dtype == "float32" else case.item * values))
 
 
-def _ours(weights: Any, grads: Any, means: Any, squares: Any, copies: Any) -> Tensor:
+def _ours(weights: Any, grads: Any, means: Any, squares: Any, copies: Any) -> None:
     rest: dict[str, Any] = {"step": STEP, "lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS}
     adamw_(weights, grads, means, squares, weight_decays=[DECAY] * len(weights), copies=copies, **rest)
-    first: Tensor = weights[0]
-    return first
 
 
-def _plain(weights: Any, grads: Any, means: Any, squares: Any, copies: Any) -> Tensor:
+def _plain(weights: Any, grads: Any, means: Any, squares: Any, copies: Any) -> None:
     decays = [DECAY] * len(weights)
     reference.adamw_(weights, grads, means, squares, copies, decays, STEP, LR, BETA1, BETA2, EPS, 1.0)
-    first: Tensor = weights[0]
-    return first
 
 
 def _torch(fused: bool) -> Function:
-    def call(weights: Any, grads: Any, means: Any, squares: Any, copies: Any) -> Tensor:
+    def call(weights: Any, grads: Any, means: Any, squares: Any, copies: Any) -> None:
         steps = [torch.tensor(float(STEP - 1)) for _ in weights]
         rest: dict[str, Any] = {"beta1": BETA1, "beta2": BETA2, "lr": LR, "weight_decay": DECAY, "eps": EPS}
         with torch.no_grad():
             adamw(weights, grads, means, squares, [], steps, not fused, fused=fused, amsgrad=False, maximize=False, **rest)
             for copy, weight in zip(copies, weights, strict=bool(copies)):
                 copy.copy_(weight)
-        first: Tensor = weights[0]
-        return first
 
     return call
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work, plain, relaid
+from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work, compiled, plain, relaid
 from pyalpaca.ops import flash_attention, reference
 
 SHAPES = {
@@ -51,6 +52,23 @@ def _sdpa(q_BHSd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHSd, k_BKSd, v_BKSd, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
+def transformers_attention() -> Function:
+    """The eager attention of transformers' LLaMA on (B, H, S, d), with a mask that is added to the scores or none."""
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    def attention(q_BHSd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: Tensor | None = None) -> Any:
+        layer: Any = SimpleNamespace(num_key_value_groups=q_BHSd.shape[1] // k_BKTd.shape[1], training=False)
+        return eager_attention_forward(layer, q_BHSd, k_BKTd, v_BKTd, mask, q_BHSd.shape[-1] ** -0.5)[0]
+
+    return attention
+
+
+def _with_added_mask(inputs: list[Any]) -> list[Any]:
+    length = inputs[0].shape[1]
+    mask = torch.full((length, length), float("-inf"), dtype=inputs[0].dtype, device=inputs[0].device).triu(1)
+    return [*heads_first(inputs), mask]
+
+
 def _torch_npu() -> Function:
     import torch_npu
 
@@ -77,7 +95,9 @@ FLASH_ATTENTION = Operator(
     work=_work,
     peers=(
         plain(_plain),
+        compiled(_plain),
         Peer("sdpa", lambda: _sdpa, heads_first),
+        Peer("transformers", transformers_attention, _with_added_mask, needs=("transformers",)),
         Peer("torch_npu", _torch_npu, _with_mask, needs=("torch_npu",), devices=("npu",), dtypes=("bfloat16", "float16")),
     ),
     on_request=frozenset({"llama7b/2048", "grouped/1024"}),

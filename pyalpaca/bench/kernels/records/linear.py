@@ -28,7 +28,7 @@ def _make(case: Case) -> list[Any]:
 
 def linear_work(case: Case, direction: str, activation: float, scales: float = 0.0) -> Work:
     """activation: bytes of a value of x and y. scales: bytes of what the stored weights need beside themselves."""
-    tokens, rows, columns = case.sizes
+    tokens, rows, columns = case.sizes[:3]
     product, weight = 2.0 * tokens * rows * columns, rows * columns * case.item + scales
     x, y = tokens * columns * activation, tokens * rows * activation
     return Work(product, x + weight, y) if direction == "fwd" else Work(2 * product, y + x + weight, x + weight)
@@ -43,7 +43,7 @@ def as_dtype(dtype: torch.dtype) -> Any:
     return prepare
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def functional(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
@@ -58,8 +58,8 @@ LINEAR = Operator(
     work=lambda case, direction: linear_work(case, direction, case.item),
     peers=(
         plain(reference.linear),
-        Peer("torch_bf16", lambda: _linear, as_dtype(torch.bfloat16), dtypes=("float32", "float16")),
-        Peer("torch_float32", lambda: _linear, as_dtype(torch.float32), dtypes=("bfloat16", "float16")),
+        Peer("torch_bf16", lambda: functional, as_dtype(torch.bfloat16), dtypes=("float32", "float16")),
+        Peer("torch_float32", lambda: functional, as_dtype(torch.float32), dtypes=("bfloat16", "float16")),
     ),
     forward_only=FORWARD_ONLY,
 )
