@@ -44,8 +44,9 @@ def test_it_is_the_same_in_a_fresh_process_and_in_one_that_has_memory_to_spare(m
     used = operator_peaks(CASES)()
     for name, peaks in fresh.items():
         for who, peak in peaks.items():
-            # malloc keeps what plain torch frees during the call, or not: that may differ by a tensor.
-            assert used[name][who] == pytest.approx(peak, rel=0.05 if who == "ours" else 0.2, abs=2 * MB), (name, who)
+            # A thread's scratch is there from the first call on, ours and MKL's; malloc keeps what plain torch frees during the
+            # call, or not.
+            assert used[name][who] == pytest.approx(peak, rel=0.05 if who == "ours" else 0.35, abs=5 * MB), (name, who)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: f"{case[0]}/{case[3]}")
