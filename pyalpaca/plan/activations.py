@@ -97,8 +97,12 @@ def block_work(job: Job, how: str) -> int:
     D, F = m.hidden_size, m.intermediate_size // job.tp
     down = [p for p in job.block_table if ".ffn.down." in p.path and job.learns(p)]
     weight = max((numbers([p], job) for p in down), default=0)
-    product = next(k.bytes for k in kept if k.name == "silu(gate) * up")
-    return again + max((seen * (D + F) + weight) * e, seen * (D + 3 * F) * e - product)
+    sizes = {k.name: k.bytes for k in kept}
+    product = sizes["silu(gate) * up"]
+    # Where the block has just been computed again: the normalised input, kept or not, and what `down` gave, once more with LoRA.
+    given = seen * D * e * (2 if job.lora_r and "down_proj" in job.lora_targets else 1)
+    repeated = job.stream_tokens * D * e + seen * D * e - sizes["normalised, feed-forward"] + given if how == "full" else 0
+    return again + max((seen * (D + F) + weight) * e, seen * (D + 3 * F) * e - product, repeated)
 
 
 def _head_numbers(job: Job) -> int:
