@@ -143,8 +143,8 @@ def page(result: Mapping[str, Any]) -> str:
         "once. With everything in the caches a small shape may pass 100 %.",
         "**Memory.** MB is the growth of the resident memory (VmHWM, reset just before) in one call, its result included, inputs "
         "not. What malloc and the pool of the operators hold for later is given back first, so that ours and the peers' are "
-        "counted as in a fresh process; the calls that are timed afterwards find the pool filled, as in training. Scratch memory that "
-        "threads keep from call to call, of our kernels or of MKL's, some MB, is not in it.",
+        "counted as in a fresh process; the calls that are timed afterwards find the pool filled, as in training. Scratch memory "
+        "that threads keep from call to call, of our kernels or of MKL's, some MB, is not in it.",
         "**Peers.** plain is the formula in plain torch (`pyalpaca.ops.reference`), compile the same through torch.compile for "
         "this very shape, measured in the first dtype and shape of an operator unless it is asked for by name. functional are "
         "torch's own functions (`F.rms_norm`, `F.silu`, `get_total_norm`), sdpa is `F.scaled_dot_product_attention` on the "
