@@ -97,8 +97,8 @@ void tiling_flash_forward(int64_t batch, int64_t q_len, int64_t kv_len, int64_t 
                           int64_t head_dim, int64_t cores, int64_t* out) {
   const FlashTiling t = flash_forward_tiling(batch, q_len, kv_len, heads, kv_heads, head_dim, cores);
   const FlashBytes b = flash_forward_bytes(t, head_dim);
-  out[0] = t.cores, out[1] = t.q_tile, out[2] = t.kv_tile, out[3] = t.stack, out[4] = t.chunk, out[5] = t.workspace;
-  out[6] = b.unified, out[7] = b.l1, out[8] = b.l0a, out[9] = b.l0b, out[10] = b.l0c;
+  out[0] = t.cores, out[1] = t.q_tile, out[2] = t.kv_tile, out[3] = t.stack, out[4] = t.chunk, out[5] = t.share;
+  out[6] = t.workspace, out[7] = b.unified, out[8] = b.l1, out[9] = b.l0a, out[10] = b.l0b, out[11] = b.l0c;
 }
 
 void tiling_flash_backward(int64_t batch, int64_t q_len, int64_t kv_len, int64_t heads, int64_t kv_heads,
@@ -118,12 +118,13 @@ void tiling_flash_decode(int64_t batch, int64_t kv_len, int64_t heads, int64_t k
   out[9] = b.unified, out[10] = b.l1, out[11] = b.l0a, out[12] = b.l0b, out[13] = b.l0c;
 }
 // Rows times keys that each core has to do, causal.
-void work_of_cores(int64_t batch, int64_t q_len, int64_t kv_len, int64_t heads, int64_t tile, int64_t cores,
-                   int64_t* out) {
+void work_of_cores(int64_t batch, int64_t q_len, int64_t kv_len, int64_t heads, int64_t tile, int64_t share,
+                   int64_t cores, int64_t* out) {
   FlashShape shape{};
   shape.batch = batch, shape.q_len = q_len, shape.kv_len = kv_len, shape.causal = 1;
   shape.heads = shape.kv_heads = static_cast<int32_t>(heads);
-  shape.q_tile = static_cast<int32_t>(tile), shape.stack = 512;
+  shape.q_tile = static_cast<int32_t>(tile), shape.kv_tile = 128, shape.stack = 512;
+  shape.share = static_cast<int32_t>(share);
   for (int64_t core = 0; core < cores; ++core) {
     FlashWalk walk(shape, nullptr, nullptr, core, cores);
     out[core] = 0;

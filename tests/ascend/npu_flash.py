@@ -15,26 +15,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cut:
-    """Cores; rows of a tile; keys of a part and of a stack; scores that are in unified memory at a time."""
+    """Cores; rows of a tile; keys of a part and of a stack; scores in unified memory at a time; tiles that share keys."""
 
     cores: int = 2
     q_tile: int = 32
     kv_tile: int = 32
     stack: int = 64
     chunk: int = 1024
+    share: int = 1
 
     def workspace(self, head_dim: int) -> int:
         return self.cores * self.q_tile * 3 * (self.stack * 4 + self.stack * 2 + head_dim * 4)
 
 
 SMALL = Cut()
+PAIRS = Cut(share=2)
 
 
 def forward_tiling(library: ctypes.CDLL, *shape: int) -> tuple[Cut, int, tuple[int, ...]]:
     """What the tiling says of (batch, q_len, kv_len, heads, kv_heads, head_dim, cores): the cut, bytes of workspace, memories."""
-    out = (ctypes.c_int64 * 11)()
+    out = (ctypes.c_int64 * 12)()
     library.tiling_flash_forward(*map(ctypes.c_int64, shape), out)
-    return Cut(*out[:5]), out[5], tuple(out[6:])
+    return Cut(*out[:6]), out[6], tuple(out[7:])
 
 
 TAIL_OF_DIMS = ("lse_batch_stride", "lse_head_stride", "q_offset", "heads", "kv_heads", "head_dim", "causal")
@@ -97,6 +99,7 @@ def flash_forward(
             "kv_tile": cut.kv_tile,
             "stack": cut.stack,
             "chunk": cut.chunk,
+            "share": cut.share,
             "scale": float(q.shape[-1] ** -0.5 if scale is None else scale),
         },
         seed,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
-from npu_flash import SMALL, Cut, flash_forward, forward_tiling
+from npu_flash import PAIRS, SMALL, Cut, flash_forward, forward_tiling
 from npu_kernels import kernel_library
 from torch import Tensor
 
@@ -72,12 +73,14 @@ def test_heads_and_their_width(
 @pytest.mark.parametrize("q_len", LENGTHS)
 def test_sequences_of_any_length(library: ctypes.CDLL, q_len: int) -> None:
     for i, kv_len in enumerate(LENGTHS):
-        check(library, (q_len, kv_len), (2, 1), 16, HALVES[i % 2], i % 3 > 0, kv_len - q_len, seed=SEEDS[i])
+        for cut in (SMALL, PAIRS):
+            check(library, (q_len, kv_len), (2, 1), 16, HALVES[i % 2], i % 3 > 0, kv_len - q_len, cut=cut, seed=SEEDS[i])
 
 
+@pytest.mark.parametrize("cut", [SMALL, PAIRS], ids=["alone", "pairs"])
 @pytest.mark.parametrize("q_offset", [-200, -65, -64, -3, -1, 0, 1, 5, 31, 32, 33, 64, 100, 300])
-def test_any_offset_of_the_queries_and_rows_that_see_nothing(library: ctypes.CDLL, q_offset: int) -> None:
-    out, lse = check(library, (70, 150), (2, 1), 64, torch.float16, True, q_offset)
+def test_any_offset_of_the_queries_and_rows_that_see_nothing(library: ctypes.CDLL, q_offset: int, cut: Cut) -> None:
+    out, lse = check(library, (70, 150), (2, 1), 64, torch.float16, True, q_offset, cut=cut)
     hidden = min(max(-q_offset, 0), 70)
     assert not out[:, :hidden].any() and torch.equal(lse[:, :, :hidden], torch.full((1, 2, hidden), -torch.inf))
 
@@ -87,9 +90,10 @@ def test_no_keys_at_all(library: ctypes.CDLL) -> None:
     assert not out.any() and torch.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_order_of_the_pipes(library: ctypes.CDLL, seed: int) -> None:
-    found = check(library, (70, 200), (3, 1), 64, torch.float16, True, 100, cut=Cut(3), seed=seed)
+def test_every_order_of_the_pipes(library: ctypes.CDLL, seed: int, share: int) -> None:
+    found = check(library, (70, 200), (3, 1), 64, torch.float16, True, 100, cut=Cut(3, share=share), seed=seed)
     again = check(library, (70, 200), (3, 1), 64, torch.float16, True, 100, cut=Cut(2), seed=0)
     assert torch.equal(found[0], again[0]) and torch.equal(found[1], again[1])
 
@@ -97,17 +101,18 @@ def test_every_order_of_the_pipes(library: ctypes.CDLL, seed: int) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_tiles_of_full_size(library: ctypes.CDLL, head_dim: int) -> None:
     cut, _, _ = forward_tiling(library, 1, 1100, 1100, 2, 1, head_dim, 2)
-    assert cut == Cut(2, 128, 128, 512, 8192)
+    assert cut == Cut(2, 128, 128, 512, 8192, 1)
     check(library, (200, 1100), (2, 1), head_dim, torch.bfloat16, True, 900, cut=cut)
     check(library, (130, 577), (1, 1), head_dim, torch.float16, False, cut=cut, seed=1)
+    check(library, (300, 700), (1, 1), head_dim, torch.float16, True, 390, cut=replace(cut, share=2), seed=5)
 
 
 def test_packed_sequences(library: ctypes.CDLL) -> None:
     q_lengths, kv_lengths = [5, 64, 1, 33, 0, 40], [5, 64, 1, 97, 3, 7]
     starts = [torch.tensor([0, *lengths]).cumsum(0).tolist() for lengths in (q_lengths, kv_lengths)]
     q, k, v = (x[0] for x in inputs(1, starts[0][-1], starts[1][-1], (4, 2), 64, torch.float16))
-    for causal in (False, True):
-        out, lse = flash_forward(library, q, k, v, causal, starts=(starts[0], starts[1]), cut=Cut(3), seed=7)
+    for causal, share in product((False, True), (1, 2)):
+        out, lse = flash_forward(library, q, k, v, causal, starts=(starts[0], starts[1]), cut=Cut(3, share=share), seed=7)
         for (begin, end), (kv_begin, kv_end) in zip(pairwise(starts[0]), pairwise(starts[1]), strict=True):
             part = [q[None, begin:end], k[None, kv_begin:kv_end], v[None, kv_begin:kv_end]]
             if end > begin:  # the last query sees the last key
@@ -159,13 +164,18 @@ def test_the_tiling_fits_every_memory(library: ctypes.CDLL, shape: tuple[int, ..
     limits = (184 * 1024, 512 * 1024 - 256, 64 * 1024, 64 * 1024, 128 * 1024)
     assert all(0 < used <= limit for used, limit in zip(memories, limits, strict=True))
     assert cut.q_tile % 16 == cut.kv_tile % 16 == cut.stack % 64 == 0 and cut.chunk >= 8 * cut.stack
-    tiles = batch * heads * -(-q_len // cut.q_tile)
+    tiles = batch * heads * -(-q_len // (cut.q_tile * cut.share))
     assert cut.cores == min(cores, tiles) and workspace == cut.workspace(head_dim)
 
 
 def test_the_tiling_takes_smaller_tiles_where_cores_would_stand_idle(library: ctypes.CDLL) -> None:
     assert forward_tiling(library, 1, 256, 256, 8, 8, 128, 24)[0].q_tile == 64
     assert forward_tiling(library, 1, 4096, 4096, 32, 32, 128, 24)[0].q_tile == 128
+
+
+def test_the_tiling_lets_tiles_share_keys_where_all_cores_have_some_groups_of_them(library: ctypes.CDLL) -> None:
+    assert forward_tiling(library, 1, 4096, 4096, 32, 32, 128, 24)[0].share == 2
+    assert forward_tiling(library, 1, 1024, 1024, 32, 32, 128, 24)[0].share == 1
 
 
 def test_the_tiling_refuses_what_the_kernel_can_not_do(library: ctypes.CDLL) -> None:
@@ -175,9 +185,9 @@ def test_the_tiling_refuses_what_the_kernel_can_not_do(library: ctypes.CDLL) -> 
 
 @pytest.mark.parametrize(("heads", "q_len"), [(32, 4096), (32, 2048), (40, 1000), (8, 8192)])
 def test_causal_work_is_dealt_evenly(library: ctypes.CDLL, heads: int, q_len: int) -> None:
-    cores = 24
+    cores, share = 24, forward_tiling(library, 1, q_len, q_len, heads, heads, 128, 24)[0].share
     work = (ctypes.c_int64 * cores)()
-    library.work_of_cores(*map(ctypes.c_int64, (1, q_len, q_len, heads, 128, cores)), work)
+    library.work_of_cores(*map(ctypes.c_int64, (1, q_len, q_len, heads, 128, share, cores)), work)
     exact = heads * sum(128 * min(row + 128, q_len) for row in range(0, q_len, 128))
     assert sum(work) == pytest.approx(exact, rel=0.05)
     assert max(work) <= 1.07 * sum(work) / cores

@@ -39,6 +39,7 @@
                                                   side,                                                               \
                                                   kv_block,                                                           \
                                                   chunk,                                                              \
+                                                  1,                                                                  \
                                                   scale,                                                              \
                                                   0,                                                                  \
                                                   0,                                                                  \

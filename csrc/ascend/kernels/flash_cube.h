@@ -62,13 +62,14 @@ __aicore__ inline void load_right_transposed(const LocalTensor<T>& to, const Loc
   LoadData(to, from, LoadData2DParams(0, narrow(fractals(n) * fractals(k)), 1, 0, 0, false, 0));
 }
 
-// What L1 holds as (k, n) -> the second factor.
+// What L1 holds as (k, n) -> the second factor; of the rows in L1, `height` or k, the first k.
 template <typename T>
-__aicore__ inline void load_right(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t k, int32_t n) {
-  const int32_t down = fractals(k), across = fractals(n);
+__aicore__ inline void load_right(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t k, int32_t n,
+                                  int32_t height = 0) {
+  const int32_t down = fractals(k), across = fractals(n), step = height > 0 ? fractals(height) : down;
   for (int32_t i = 0; i < down; ++i) {
     LoadData(to[i * across * kFractalElements], from[i * kFractalElements],
-             LoadData2DParams(0, narrow(across), field(down), 0, 0, true, 0));
+             LoadData2DParams(0, narrow(across), field(step), 0, 0, true, 0));
   }
 }
 

@@ -171,6 +171,7 @@ class FlashMerge {
                                          kv_tile,                                                                     \
                                          stack,                                                                       \
                                          chunk,                                                                       \
+                                         1,                                                                           \
                                          scale,                                                                       \
                                          width,                                                                       \
                                          head_dim,                                                                    \

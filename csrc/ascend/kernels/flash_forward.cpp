@@ -13,7 +13,7 @@
       int64_t q_head_stride, int64_t k_batch_stride, int64_t k_stride, int64_t k_head_stride, int64_t v_batch_stride, \
       int64_t v_stride, int64_t v_head_stride, int64_t lse_batch_stride, int64_t lse_head_stride, int64_t q_offset,   \
       int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t causal, int32_t q_tile, int32_t kv_tile,             \
-      int32_t stack, int32_t chunk, float scale) {                                                                    \
+      int32_t stack, int32_t chunk, int32_t share, float scale) {                                                     \
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);                                                                \
     AscendC::TPipe pipe;                                                                                              \
     const int64_t width = int64_t{heads} * head_dim;                                                                  \
@@ -40,6 +40,7 @@
                                          kv_tile,                                                                     \
                                          stack,                                                                       \
                                          chunk,                                                                       \
+                                         share,                                                                       \
                                          scale,                                                                       \
                                          q_len * width,                                                               \
                                          width,                                                                       \

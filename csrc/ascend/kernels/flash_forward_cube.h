@@ -2,8 +2,8 @@
 // turns.
 //
 // A part of a stack is `kv_tile` keys: its scores fill one half of L0C while the weights of another part are multiplied
-// into the other half, so that the scores leave L0C under cover of that product. Each factor has two places in L1 and
-// in L0.
+// into the other half, so that the scores leave L0C under cover of that product. Each factor has two places in L0.
+// Keys and values stay in L1, half a stack in each of two places, until the last tile of the group has used them.
 #pragma once
 
 #include "flash_tasks.h"
@@ -26,11 +26,12 @@ class FlashForwardCube {
     q_size_ = shape_.q_tile * shape_.head_dim;
     kv_size_ = shape_.kv_tile * shape_.head_dim;
     weight_size_ = shape_.q_tile * shape_.kv_tile;
+    half_parts_ = half_stack_parts(shape_);
     left_size_ = q_size_ > weight_size_ ? q_size_ : weight_size_;
-    pipe_.InitBuffer(q_buffer_, 2 * q_size_ * sizeof(T));
-    pipe_.InitBuffer(k_buffer_, 2 * kv_size_ * sizeof(T));
+    pipe_.InitBuffer(q_buffer_, 2 * shape_.share * q_size_ * sizeof(T));
+    pipe_.InitBuffer(k_buffer_, 2 * half_parts_ * kv_size_ * sizeof(T));
     pipe_.InitBuffer(weight_buffer_, 2 * weight_size_ * sizeof(T));
-    pipe_.InitBuffer(v_buffer_, 2 * kv_size_ * sizeof(T));
+    pipe_.InitBuffer(v_buffer_, 2 * half_parts_ * kv_size_ * sizeof(T));
     pipe_.InitBuffer(left_buffer_, 2 * left_size_ * sizeof(T));
     pipe_.InitBuffer(right_buffer_, 2 * kv_size_ * sizeof(T));
     pipe_.InitBuffer(score_buffer_, weight_size_ * sizeof(float));
@@ -47,10 +48,12 @@ class FlashForwardCube {
     }
     for (now.next(); now.valid(); now.next()) {
       const int32_t score_parts = ahead.valid() ? ahead.parts() : 0;
+      load_values(now, 0);
       for (int32_t part = 0; part < score_parts || part < now.parts(); ++part) {
         if (part < score_parts) scores(ahead, part);
         if (part == 0) CrossCoreWaitFlag(kWeightsReady);
         if (part < now.parts()) values(now, part);
+        load_values(now, part + 1);
       }
       if (ahead.valid()) ahead.next();
     }
@@ -60,19 +63,19 @@ class FlashForwardCube {
  private:
   __aicore__ inline void open() {
     for (int32_t i = 0; i < 2; ++i) {
-      q_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
       k_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
       v_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
-      q_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
+      weights_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
       k_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
       v_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
+      weights_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
       factors_filled_[i] = pipe_.AllocEventID<HardEvent::MTE1_M>();
       factors_emptied_[i] = pipe_.AllocEventID<HardEvent::M_MTE1>();
       product_filled_[i] = pipe_.AllocEventID<HardEvent::M_FIX>();
       product_emptied_[i] = pipe_.AllocEventID<HardEvent::FIX_M>();
-      SetFlag<HardEvent::MTE1_MTE2>(q_emptied_[i]);
       SetFlag<HardEvent::MTE1_MTE2>(k_emptied_[i]);
       SetFlag<HardEvent::MTE1_MTE2>(v_emptied_[i]);
+      SetFlag<HardEvent::MTE1_MTE2>(weights_emptied_[i]);
       SetFlag<HardEvent::M_MTE1>(factors_emptied_[i]);
       SetFlag<HardEvent::FIX_M>(product_emptied_[i]);
     }
@@ -80,17 +83,17 @@ class FlashForwardCube {
 
   __aicore__ inline void close() {
     for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::MTE1_MTE2>(q_emptied_[i]);
       WaitFlag<HardEvent::MTE1_MTE2>(k_emptied_[i]);
       WaitFlag<HardEvent::MTE1_MTE2>(v_emptied_[i]);
+      WaitFlag<HardEvent::MTE1_MTE2>(weights_emptied_[i]);
       WaitFlag<HardEvent::M_MTE1>(factors_emptied_[i]);
       WaitFlag<HardEvent::FIX_M>(product_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(q_filled_[i]);
       pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(k_filled_[i]);
       pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(v_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(q_emptied_[i]);
+      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(weights_filled_[i]);
       pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(k_emptied_[i]);
       pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(v_emptied_[i]);
+      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(weights_emptied_[i]);
       pipe_.ReleaseEventID<HardEvent::MTE1_M>(factors_filled_[i]);
       pipe_.ReleaseEventID<HardEvent::M_MTE1>(factors_emptied_[i]);
       pipe_.ReleaseEventID<HardEvent::M_FIX>(product_filled_[i]);
@@ -98,43 +101,88 @@ class FlashForwardCube {
     }
   }
 
-  __aicore__ inline int32_t keys_of(const FlashWalk& walk, int32_t part) const {
-    const int32_t rest = walk.columns() - part * shape_.kv_tile;
-    return rest < shape_.kv_tile ? rest : shape_.kv_tile;
+  // Of a part, the keys this tile sees, or those in L1, which the group's tiles see.
+  __aicore__ inline int32_t part_of(const FlashWalk& walk, int64_t keys, int32_t part) const {
+    const int64_t rest = keys - walk.key() - part * shape_.kv_tile;
+    return rest < shape_.kv_tile ? static_cast<int32_t>(rest) : shape_.kv_tile;
+  }
+  __aicore__ inline bool begins_half(int32_t part) const { return part % half_parts_ == 0; }
+
+  // Rows of q of all tiles of a group.
+  __aicore__ inline void load_group(const LocalTensor<T>& to, const FlashWalk& walk) {
+    for (int32_t member = 0; member < shape_.share; ++member) {
+      const FlashTile& tile = walk.tile(member);
+      if (tile.keys > 0) load_left_rows(to[member * q_size_], q_[tile.q], tile.rows, shape_.head_dim, shape_.q_stride);
+    }
+  }
+
+  // Half a stack of the group's keys or values into L1, a part after the other, from that of number `part` on.
+  __aicore__ inline void load_half(const LocalTensor<T>& to, const GlobalTensor<T>& from, int64_t stride,
+                                   const FlashWalk& walk, int32_t part) {
+    for (int32_t i = 0; i < half_parts_ && (part + i) * shape_.kv_tile < shape_.stack; ++i) {
+      const int32_t keys = part_of(walk, walk.group_keys(), part + i);
+      if (keys <= 0) return;
+      load_fractals(to[i * kv_size_], from[(walk.key() + (part + i) * shape_.kv_tile) * stride], keys, shape_.head_dim,
+                    stride, fractals(keys) * kSide);
+    }
+  }
+
+  // Whether the half stack that begins with this part is not in L1 yet.
+  __aicore__ inline bool to_load(const FlashWalk& walk, int32_t part) const {
+    return part < walk.parts() && begins_half(part) &&
+           walk.member() == walk.first_that_sees(walk.key() + part * shape_.kv_tile);
+  }
+  // Whether this part is the last use of its half stack.
+  __aicore__ inline bool used_up(const FlashWalk& walk, int32_t part) const {
+    return (begins_half(part + 1) || part == walk.parts() - 1) &&
+           walk.member() == walk.last_that_sees(walk.key() + part / half_parts_ * half_parts_ * shape_.kv_tile);
+  }
+  __aicore__ inline int32_t half_place(const FlashWalk& walk, int32_t part) const {
+    return (walk.halves() + part / half_parts_) % 2;
+  }
+  // Of keys or values in L1, a part.
+  __aicore__ inline LocalTensor<T> part_in(const TBuf<TPosition::B1>& buffer, const FlashWalk& walk, int32_t part) {
+    return buffer.Get<T>()[(half_place(walk, part) * half_parts_ + part % half_parts_) * kv_size_];
+  }
+
+  // The values of half a stack from this part on, which need not wait for the weights.
+  __aicore__ inline void load_values(const FlashWalk& walk, int32_t part) {
+    if (!to_load(walk, part)) return;
+    const int32_t place = half_place(walk, part);
+    WaitFlag<HardEvent::MTE1_MTE2>(v_emptied_[place]);
+    load_half(part_in(v_buffer_, walk, part), v_[walk.tile().v], shape_.v_stride, walk, part);
+    SetFlag<HardEvent::MTE2_MTE1>(v_filled_[place]);
   }
 
   // Scores of a part of the stack of `walk`, and word to the vector cores after the last.
   __aicore__ inline void scores(const FlashWalk& walk, int32_t part) {
     const FlashTile& tile = walk.tile();
-    const int32_t rows = cube_rows(tile.rows), keys = keys_of(walk, part), head_dim = shape_.head_dim;
-    const bool first = walk.first() && part == 0, last_part = part == walk.parts() - 1;
-    const int32_t q_place = walk.tile_number() % 2, k_place = k_turn_++ % 2, place = factor_turn_++ % 2;
-    const LocalTensor<T> q = q_buffer_.Get<T>()[q_place * q_size_], k = k_buffer_.Get<T>()[k_place * kv_size_];
-    if (first) {
-      WaitFlag<HardEvent::MTE1_MTE2>(q_emptied_[q_place]);
-      load_left_rows(q, q_[tile.q], tile.rows, head_dim, shape_.q_stride);
-      SetFlag<HardEvent::MTE2_MTE1>(q_filled_[q_place]);
+    const int32_t rows = cube_rows(tile.rows), keys = part_of(walk, tile.keys, part), head_dim = shape_.head_dim;
+    const int32_t place = factor_turn_++ % 2, k_place = half_place(walk, part);
+    const bool last_part = part == walk.parts() - 1, loads = to_load(walk, part);
+    const LocalTensor<T> group = q_buffer_.Get<T>()[walk.group_number() % 2 * shape_.share * q_size_];
+    if (loads) {
+      // Where a place of keys is empty again, the last product with q of the group before the last is done.
+      WaitFlag<HardEvent::MTE1_MTE2>(k_emptied_[k_place]);
+      if (part == 0 && walk.first()) load_group(group, walk);
+      load_half(part_in(k_buffer_, walk, part), k_[tile.k], shape_.k_stride, walk, part);
+      SetFlag<HardEvent::MTE2_MTE1>(k_filled_[k_place]);
     }
-    WaitFlag<HardEvent::MTE1_MTE2>(k_emptied_[k_place]);
-    const int64_t key = walk.key() + part * shape_.kv_tile;
-    load_fractals(k, k_[tile.k + key * shape_.k_stride], keys, head_dim, shape_.k_stride, fractals(keys) * kSide);
-    SetFlag<HardEvent::MTE2_MTE1>(k_filled_[k_place]);
 
     const LocalTensor<T> left = left_buffer_.Get<T>()[place * left_size_],
                          right = right_buffer_.Get<T>()[place * kv_size_];
+    const int32_t loaded = part_of(walk, walk.group_keys(), part);
     WaitFlag<HardEvent::M_MTE1>(factors_emptied_[place]);
-    if (first) WaitFlag<HardEvent::MTE2_MTE1>(q_filled_[q_place]);
-    load_left(left, q, rows, head_dim);
-    if (walk.last() && last_part) SetFlag<HardEvent::MTE1_MTE2>(q_emptied_[q_place]);
-    WaitFlag<HardEvent::MTE2_MTE1>(k_filled_[k_place]);
-    load_right_transposed(right, k, keys, head_dim);
-    SetFlag<HardEvent::MTE1_MTE2>(k_emptied_[k_place]);
+    if (loads) WaitFlag<HardEvent::MTE2_MTE1>(k_filled_[k_place]);
+    load_left(left, group[walk.member() * q_size_], rows, head_dim);
+    load_right_transposed(right, part_in(k_buffer_, walk, part), loaded, head_dim);
+    if (used_up(walk, part)) SetFlag<HardEvent::MTE1_MTE2>(k_emptied_[k_place]);
     SetFlag<HardEvent::MTE1_M>(factors_filled_[place]);
 
     const LocalTensor<float> product = score_buffer_.Get<float>();
     WaitFlag<HardEvent::MTE1_M>(factors_filled_[place]);
     WaitFlag<HardEvent::FIX_M>(product_emptied_[0]);
-    multiply(product, left, right, rows, keys, head_dim, false);
+    multiply(product, left, right, rows, loaded, head_dim, false);
     SetFlag<HardEvent::M_MTE1>(factors_emptied_[place]);
     SetFlag<HardEvent::M_FIX>(product_filled_[0]);
 
@@ -150,27 +198,26 @@ class FlashForwardCube {
   // Adds a part's weights v to the values of the stack, which go out after the last part.
   __aicore__ inline void values(const FlashWalk& walk, int32_t part) {
     const FlashTile& tile = walk.tile();
-    const int32_t rows = cube_rows(tile.rows), keys = keys_of(walk, part), head_dim = shape_.head_dim;
+    const int32_t rows = cube_rows(tile.rows), keys = part_of(walk, tile.keys, part), head_dim = shape_.head_dim;
     const bool last_part = part == walk.parts() - 1;
-    const int32_t v_place = v_turn_++ % 2, place = factor_turn_++ % 2;
-    const LocalTensor<T> weights = weight_buffer_.Get<T>()[v_place * weight_size_],
-                         v = v_buffer_.Get<T>()[v_place * kv_size_];
+    const int32_t weight_place = weight_turn_++ % 2, v_place = half_place(walk, part), place = factor_turn_++ % 2;
+    const LocalTensor<T> weights = weight_buffer_.Get<T>()[weight_place * weight_size_];
     GlobalTensor<T> slot;
     slot.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace_ + slots_.weight_slot(walk.number())),
                          shape_.q_tile * shape_.stack);
-    WaitFlag<HardEvent::MTE1_MTE2>(v_emptied_[v_place]);
+    WaitFlag<HardEvent::MTE1_MTE2>(weights_emptied_[weight_place]);
     load_fractals(weights, slot[part * shape_.kv_tile], rows, keys, shape_.stack, fractals(rows) * kSide);
-    const int64_t key = walk.key() + part * shape_.kv_tile;
-    load_fractals(v, v_[tile.v + key * shape_.v_stride], keys, head_dim, shape_.v_stride, fractals(keys) * kSide);
-    SetFlag<HardEvent::MTE2_MTE1>(v_filled_[v_place]);
+    SetFlag<HardEvent::MTE2_MTE1>(weights_filled_[weight_place]);
 
     const LocalTensor<T> left = left_buffer_.Get<T>()[place * left_size_],
                          right = right_buffer_.Get<T>()[place * kv_size_];
     WaitFlag<HardEvent::M_MTE1>(factors_emptied_[place]);
-    WaitFlag<HardEvent::MTE2_MTE1>(v_filled_[v_place]);
+    if (to_load(walk, part)) WaitFlag<HardEvent::MTE2_MTE1>(v_filled_[v_place]);
+    load_right(right, part_in(v_buffer_, walk, part), keys, head_dim, part_of(walk, walk.group_keys(), part));
+    if (used_up(walk, part)) SetFlag<HardEvent::MTE1_MTE2>(v_emptied_[v_place]);
+    WaitFlag<HardEvent::MTE2_MTE1>(weights_filled_[weight_place]);
     load_left(left, weights, rows, keys);
-    load_right(right, v, keys, head_dim);
-    SetFlag<HardEvent::MTE1_MTE2>(v_emptied_[v_place]);
+    SetFlag<HardEvent::MTE1_MTE2>(weights_emptied_[weight_place]);
     SetFlag<HardEvent::MTE1_M>(factors_filled_[place]);
 
     const LocalTensor<float> product = value_buffer_.Get<float>();
@@ -201,9 +248,10 @@ class FlashForwardCube {
   TBuf<TPosition::A2> left_buffer_;
   TBuf<TPosition::B2> right_buffer_;
   TBuf<TPosition::CO1> score_buffer_, value_buffer_;
-  TEventID q_filled_[2], k_filled_[2], v_filled_[2], q_emptied_[2], k_emptied_[2], v_emptied_[2];
+  TEventID k_filled_[2], v_filled_[2], weights_filled_[2], k_emptied_[2], v_emptied_[2], weights_emptied_[2];
   TEventID factors_filled_[2], factors_emptied_[2], product_filled_[2], product_emptied_[2];
-  int32_t q_size_, kv_size_, weight_size_, left_size_, k_turn_ = 0, v_turn_ = 0, factor_turn_ = 0;
+  int32_t q_size_, kv_size_, weight_size_, left_size_, half_parts_;
+  int32_t weight_turn_ = 0, factor_turn_ = 0;
 };
 
 }  // namespace pyalpaca_npu

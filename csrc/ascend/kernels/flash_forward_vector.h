@@ -26,9 +26,8 @@ class FlashForwardVector {
     pipe_.InitBuffer(in_buffer_, 2 * shape_.chunk * sizeof(float));
     pipe_.InitBuffer(out_buffer_, 2 * shape_.chunk * sizeof(Out));
     pipe_.InitBuffer(lse_buffer_, 2 * kMostRows * sizeof(float));
-    pipe_.InitBuffer(result_buffer_, first_rows(shape_.q_tile) * shape_.head_dim * sizeof(float));
-    pipe_.InitBuffer(lanes_buffer_,
-                     (shape_.chunk < kMostRows * kLanes ? shape_.chunk : kMostRows * kLanes) * sizeof(float));
+    pipe_.InitBuffer(result_buffer_, shape_.share * first_rows(shape_.q_tile) * shape_.head_dim * sizeof(float));
+    pipe_.InitBuffer(wide_buffer_, shape_.chunk / kLanes * kBlock * sizeof(float));
     pipe_.InitBuffer(blocks_buffer_, 4 * kMostRows * kBlock * sizeof(float));
     pipe_.InitBuffer(numbers_buffer_, kNumbers * kMostRows * sizeof(float));
     pipe_.InitBuffer(bits_buffer_, kMostRows * kLanes / 8);
@@ -52,11 +51,15 @@ class FlashForwardVector {
     Duplicate(numbers(0), 1.0f, kNumbers * kMostRows);
     CreateVecIndex(numbers(kIndex), 0.0f, static_cast<uint32_t>(kMostRows));
     as_blocks(triangle_.rows, numbers(kIndex), kMostRows);
+    Duplicate(numbers(kFactor), shape_.scale, kMostRows);
     const int64_t cores = GetBlockNum();
     if (shape_.causal || shape_.kv_len == 0 || kv_starts_ != nullptr) {
       FlashWalk all(shape_, q_starts_, kv_starts_, core_, cores);
-      while (all.next_tile()) {
-        if (all.tile().keys == 0) store_nothing_seen(all.tile());
+      while (all.next_group()) {
+        for (int32_t member = 0; member < shape_.share; ++member) {
+          const FlashTile& tile = all.tile(member);
+          if (tile.rows > 0 && tile.keys == 0) store_nothing_seen(tile);
+        }
       }
     }
     FlashWalk now(shape_, q_starts_, kv_starts_, core_, cores), before(shape_, q_starts_, kv_starts_, core_, cores);
@@ -77,7 +80,17 @@ class FlashForwardVector {
 
  private:
   // Numbers a row. Maxima and sums of a tile outlive the first stacks of the next: kLate of each.
-  enum : int32_t { kMax = 0, kSum = kLate, kRescale = 2 * kLate, kNow = 3 * kLate, kSafe, kOnes, kIndex, kNumbers };
+  enum : int32_t {
+    kMax = 0,
+    kSum = kLate,
+    kRescale = 2 * kLate,
+    kNow = 3 * kLate,
+    kSafe,
+    kOnes,
+    kIndex,
+    kFactor,
+    kNumbers
+  };
   __aicore__ inline LocalTensor<float> numbers(int32_t which) const {
     return numbers_buffer_.Get<float>()[which * kMostRows];
   }
@@ -106,7 +119,7 @@ class FlashForwardVector {
     weights.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace_ + slots_.weight_slot(walk.number())),
                             shape_.q_tile * shape_.stack);
     if (walk.first()) {
-      const int32_t turn = walk.tile_number() % kLate;
+      const int32_t turn = tile.number % kLate;
       Duplicate(numbers(kMax + turn), minus_infinity(), kMostRows);
       Duplicate(numbers(kSum + turn), 0.0f, kMostRows);
     }
@@ -115,12 +128,10 @@ class FlashForwardVector {
       const Rows shape{rows - row < most ? rows - row : most, pitch};
       const LocalTensor<float> x = load(scores[(first + row) * shape_.stack], shape.rows, columns, shape_.stack, pitch);
       fill_rest(x, minus_infinity(), columns, shape);
-      Muls(x, x, shape_.scale, shape.rows * pitch);
       const int64_t visible = tile.visible + first + row - walk.key();
       if (shape_.causal && visible < columns) hide_later(x, visible, columns, triangle_, shape);
-      to_weights(x, walk, row, shape);
       const LocalTensor<T> y = place_out<T>();
-      Cast(y, x, RoundMode::CAST_RINT, shape.rows * pitch);
+      to_weights(y, x, walk, row, shape);
       give_back();
       SetFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
       WaitFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
@@ -133,24 +144,26 @@ class FlashForwardVector {
     CrossCoreSetFlag<2, PIPE_MTE3>(kWeightsReady);
   }
 
-  // x = exp(x - the greatest so far); that, the sum of a row and what earlier sums and values are to be scaled by are
-  // kept.
-  __aicore__ inline void to_weights(const LocalTensor<float>& x, const FlashWalk& walk, int32_t row,
-                                    const Rows& shape) {
-    const int32_t groups = shape.pitch / kLanes, turn = walk.tile_number() % kLate, up = round_up(shape.rows, kBlock);
+  // y = exp(scale x - the greatest so far); that, the sum of a row and what earlier sums and values are to be scaled by
+  // are kept. Before it is written, y is room for the half of x.
+  __aicore__ inline void to_weights(const LocalTensor<T>& y, const LocalTensor<float>& x, const FlashWalk& walk,
+                                    int32_t row, const Rows& shape) {
+    const int32_t groups = shape.pitch / kLanes, turn = walk.tile().number % kLate, up = round_up(shape.rows, kBlock);
     const LocalTensor<float> max = numbers(kMax + turn)[row], total = numbers(kSum + turn)[row];
     const LocalTensor<float> rescale = numbers(kRescale + walk.number() % kLate)[row];
-    const LocalTensor<float> now = numbers(kNow), safe = numbers(kSafe), lanes = lanes_buffer_.Get<float>();
-    greatest(now, x, groups, lanes, parts_, shape);
+    const LocalTensor<float> now = numbers(kNow), safe = numbers(kSafe);
+    greatest(now, x, groups, y.template ReinterpretCast<float>(), parts_, shape);
+    Muls(now, now, shape_.scale, up);
     Max(now, now, max, up);
     Maxs(safe, now, kLowest, up);
     Sub(rescale, max, safe, up);
     Exp(rescale, rescale, up);
     Max(max, now, max, up);
-    as_blocks(blocks_, safe, shape.rows);
-    subtract_blocks(x, blocks_, groups, shape);
+    Muls(safe, safe, -1.0f, up);
+    scale_and_add_blocks(x, numbers(kFactor), safe, blocks_, wide_buffer_.Get<float>(), groups, shape);
     Exp(x, x, shape.rows * shape.pitch);
-    sum(now, x, groups, lanes, parts_, shape);
+    Cast(y, x, RoundMode::CAST_RINT, shape.rows * shape.pitch);
+    sum(now, x, groups, parts_, shape);
     Mul(total, total, rescale, up);
     Add(total, total, now, up);
   }
@@ -159,7 +172,7 @@ class FlashForwardVector {
     const FlashTile& tile = walk.tile();
     const int32_t rows = rows_of(tile), first = first_row(tile), width = shape_.head_dim;
     const int32_t most = most_results();
-    const LocalTensor<float> result = result_buffer_.Get<float>();
+    const LocalTensor<float> result = result_of(tile);
     GlobalTensor<float> values;
     values.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace_ + slots_.value_slot(walk.number())),
                            shape_.q_tile * width);
@@ -175,13 +188,19 @@ class FlashForwardVector {
       }
       give_back();
     }
-    if (walk.last()) store_results(tile, walk.tile_number() % kLate);
+    if (walk.last()) store_results(tile);
   }
 
-  __aicore__ inline void store_results(const FlashTile& tile, int32_t turn) {
+  // What the rows of a tile have so far; those of a group's tiles grow side by side.
+  __aicore__ inline LocalTensor<float> result_of(const FlashTile& tile) const {
+    return result_buffer_.Get<float>()[tile.number % shape_.share * first_rows(shape_.q_tile) * shape_.head_dim];
+  }
+
+  __aicore__ inline void store_results(const FlashTile& tile) {
+    const int32_t turn = tile.number % kLate;
     const int32_t rows = rows_of(tile), width = shape_.head_dim, most = most_results();
     const LocalTensor<float> max = numbers(kMax + turn), total = numbers(kSum + turn), safe = numbers(kSafe);
-    const LocalTensor<float> result = result_buffer_.Get<float>();
+    const LocalTensor<float> result = result_of(tile);
     for (int32_t row = 0; row < rows; row += most) {
       const Rows shape{rows - row < most ? rows - row : most, width};
       const int32_t up = round_up(shape.rows, kBlock);
@@ -273,7 +292,7 @@ class FlashForwardVector {
   GM_ADDR kv_starts_;
   TBuf<TPosition::VECIN> in_buffer_;
   TBuf<TPosition::VECOUT> out_buffer_, lse_buffer_;
-  TBuf<TPosition::VECCALC> result_buffer_, lanes_buffer_, blocks_buffer_, numbers_buffer_, bits_buffer_;
+  TBuf<TPosition::VECCALC> result_buffer_, wide_buffer_, blocks_buffer_, numbers_buffer_, bits_buffer_;
   LocalTensor<float> blocks_, parts_;
   Triangle triangle_;
   TEventID filled_[2], read_[2], computed_[2], emptied_[2];

@@ -54,32 +54,56 @@ __aicore__ inline void hide_later(const LocalTensor<float>& x, int64_t visible, 
   }
 }
 
-// The greatest of each row; lanes: 64 numbers a row, parts: 8.
-__aicore__ inline void greatest(const LocalTensor<float>& to, const LocalTensor<float>& x, int32_t groups,
-                                const LocalTensor<float>& lanes, const LocalTensor<float>& parts, const Rows& shape) {
-  const uint64_t all = kLanes;
-  Max(lanes, x, x[(groups > 1 ? 1 : 0) * kLanes], all, shape.count(),
-      BinaryRepeatParams(1, 1, 1, 8, shape.step(), shape.step()));
-  for (int32_t group = 2; group < groups; ++group) {
-    Max(lanes, x[group * kLanes], lanes, all, shape.count(), BinaryRepeatParams(1, 1, 1, 8, shape.step(), 8));
+// to = the greater of two, or their sum, lane by lane.
+template <bool kGreatest>
+__aicore__ inline void combine(const LocalTensor<float>& to, const LocalTensor<float>& a, const LocalTensor<float>& b,
+                               int32_t repeats, const BinaryRepeatParams& steps) {
+  if constexpr (kGreatest)
+    Max(to, a, b, static_cast<uint64_t>(kLanes), narrow(repeats), steps);
+  else
+    Add(to, a, b, static_cast<uint64_t>(kLanes), narrow(repeats), steps);
+}
+
+// Each row's groups become one, its first: neighbours as long as all have one, all rows at once, then one by one.
+template <bool kGreatest>
+__aicore__ inline void fold(const LocalTensor<float>& x, int32_t groups, const Rows& shape) {
+  int32_t apart = 1;  // groups between those that are left
+  for (; groups / apart % 2 == 0; apart *= 2) {
+    const uint8_t step = narrow(2 * apart * kBlock);
+    combine<kGreatest>(x, x, x[apart * kLanes], shape.rows * groups / (2 * apart),
+                       BinaryRepeatParams(1, 1, 1, step, step, step));
   }
-  BlockReduceMax<float>(parts, lanes, shape.count(), kLanes, 1, 1, 8);
+  for (int32_t group = apart; group < groups; group += apart) {
+    combine<kGreatest>(x, x, x[group * kLanes], shape.rows,
+                       BinaryRepeatParams(1, 1, 1, shape.step(), shape.step(), shape.step()));
+  }
+}
+
+// The greatest of each row. halves: half as many numbers as x; parts: 8 a row.
+__aicore__ inline void greatest(const LocalTensor<float>& to, const LocalTensor<float>& x, int32_t groups,
+                                const LocalTensor<float>& halves, const LocalTensor<float>& parts, const Rows& shape) {
+  if (groups == 1) {
+    BlockReduceMax<float>(parts, x, shape.count(), kLanes, 1, 1, shape.step());
+  } else if (groups % 2 == 0) {
+    combine<true>(halves, x, x[kLanes], shape.rows * groups / 2, BinaryRepeatParams(1, 1, 1, 8, 16, 16));
+    const Rows half{shape.rows, shape.pitch / 2};
+    fold<true>(halves, groups / 2, half);
+    BlockReduceMax<float>(parts, halves, shape.count(), kLanes, 1, 1, half.step());
+  } else {
+    combine<true>(halves, x, x[kLanes], shape.rows, BinaryRepeatParams(1, 1, 1, 8, shape.step(), shape.step()));
+    for (int32_t group = 2; group < groups; ++group) {
+      combine<true>(halves, x[group * kLanes], halves, shape.rows, BinaryRepeatParams(1, 1, 1, 8, shape.step(), 8));
+    }
+    BlockReduceMax<float>(parts, halves, shape.count(), kLanes, 1, 1, 8);
+  }
   BlockReduceMax<float>(to, parts, narrow(round_up(shape.rows, kBlock) / kBlock), kLanes, 1, 1, 8);
 }
 
-// The sum of each row; lanes and parts as above.
+// The sum of each row, which is no longer what it was.
 __aicore__ inline void sum(const LocalTensor<float>& to, const LocalTensor<float>& x, int32_t groups,
-                           const LocalTensor<float>& lanes, const LocalTensor<float>& parts, const Rows& shape) {
-  const uint64_t all = kLanes;
-  if (groups == 1) {
-    BlockReduceSum<float>(parts, x, shape.count(), kLanes, 1, 1, shape.step());
-  } else {
-    Add(lanes, x, x[kLanes], all, shape.count(), BinaryRepeatParams(1, 1, 1, 8, shape.step(), shape.step()));
-    for (int32_t group = 2; group < groups; ++group) {
-      Add(lanes, x[group * kLanes], lanes, all, shape.count(), BinaryRepeatParams(1, 1, 1, 8, shape.step(), 8));
-    }
-    BlockReduceSum<float>(parts, lanes, shape.count(), kLanes, 1, 1, 8);
-  }
+                           const LocalTensor<float>& parts, const Rows& shape) {
+  fold<false>(x, groups, shape);
+  BlockReduceSum<float>(parts, x, shape.count(), kLanes, 1, 1, shape.step());
   BlockReduceSum<float>(to, parts, narrow(round_up(shape.rows, kBlock) / kBlock), kLanes, 1, 1, 8);
 }
 
@@ -95,6 +119,27 @@ __aicore__ inline void subtract_blocks(const LocalTensor<float>& x, const LocalT
     Sub(x[group * kLanes], x[group * kLanes], blocks, static_cast<uint64_t>(kLanes), shape.count(),
         BinaryRepeatParams(1, 1, 0, shape.step(), shape.step(), 1));
   }
+}
+// x = factor x + a row's number, in whole groups; factor: a block. A row's block stands beside it for each of its
+// groups where these are 8, or 16 and so on, and one instruction takes them all. wide: 8 numbers a group of x.
+__aicore__ inline void scale_and_add_blocks(const LocalTensor<float>& x, const LocalTensor<float>& factor,
+                                            const LocalTensor<float>& numbers, const LocalTensor<float>& blocks,
+                                            const LocalTensor<float>& wide, int32_t groups, const Rows& shape) {
+  if (groups % kBlock != 0) {
+    as_blocks(blocks, numbers, shape.rows);
+    for (int32_t group = 0; group < groups; ++group) {
+      FusedMulAdd(x[group * kLanes], factor, blocks, static_cast<uint64_t>(kLanes), shape.count(),
+                  BinaryRepeatParams(1, 0, 0, shape.step(), 0, 1));
+    }
+    return;
+  }
+  const int32_t times = groups / kBlock, up = round_up(shape.rows, kBlock);
+  for (int32_t i = 0; i < times; ++i) {
+    Brcb(blocks[i * kBlock], numbers, narrow(up / kBlock), BrcbRepeatParams(narrow(times), narrow(times * kBlock)));
+  }
+  as_blocks(wide, blocks, up * groups);
+  FusedMulAdd(x, factor, wide, static_cast<uint64_t>(kLanes), narrow(shape.rows * groups),
+              BinaryRepeatParams(1, 0, 0, 8, 0, 1));
 }
 // x *= a row's number.
 __aicore__ inline void multiply_blocks(const LocalTensor<float>& x, const LocalTensor<float>& blocks, int32_t columns,

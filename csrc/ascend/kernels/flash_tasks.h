@@ -1,8 +1,10 @@
 // Attention cut in pieces: tiles of query rows, and for each the keys it sees, a stack at a time.
 //
-// Tiles are dealt to the AI cores heaviest first, to and fro, so that all have the same to do though a causal tile sees
-// the more keys the later it is. The stacks of all tiles of a core are one sequence: the cube core and its two vector
-// cores walk through it, each at its own pace, and nothing stands still between two tiles.
+// Tiles that follow each other make a group: it takes each stack once for all its tiles, so that the keys and values
+// which one has loaded serve the others. Groups are dealt to the AI cores heaviest first, to and fro, so that all have
+// the same to do though a causal tile sees the more keys the later it is. The stacks of all tiles of a core are one
+// sequence: the cube core and its two vector cores walk through it, each at its own pace, and nothing stands still
+// between two groups.
 #pragma once
 
 #include "flash_cube.h"
@@ -15,11 +17,13 @@ struct FlashShape {
   int64_t k_batch_stride, k_stride, k_head_stride;
   int64_t v_batch_stride, v_stride, v_head_stride;
   int64_t lse_batch_stride, lse_head_stride, q_offset;
-  int32_t heads, kv_heads, head_dim, causal, q_tile, kv_tile, stack, chunk;
+  int32_t heads, kv_heads, head_dim, causal, q_tile, kv_tile, stack, chunk, share;
   float scale;
   int64_t out_batch_stride, out_stride, out_head_stride;
   int64_t split, out_split_stride, lse_split_stride;  // keys of a split, 0: a tile sees all its keys at once
 };
+
+constexpr int32_t kMostShare = 2;  // tiles of a group
 
 // Rows of one head of one sequence, and where their tensors lie, in elements.
 struct FlashTile {
@@ -27,7 +31,13 @@ struct FlashTile {
   int64_t visible;  // how many keys the first row sees, were there any number of them before and after
   int64_t keys;     // how many keys any row sees
   int32_t rows;
+  int32_t number;  // of this core's tiles that see any keys
 };
+
+// Parts of half a stack, or of one more than the rest.
+__aicore__ inline int32_t half_stack_parts(const FlashShape& shape) {
+  return ((shape.stack + shape.kv_tile - 1) / shape.kv_tile + 1) / 2;
+}
 
 class FlashWalk {
  public:
@@ -35,30 +45,44 @@ class FlashWalk {
       : shape_(shape), core_(core), cores_(cores), packed_(q_starts != nullptr) {
     q_starts_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(q_starts), shape.batch + 1);
     kv_starts_.SetGlobalBuffer(reinterpret_cast<__gm__ int64_t*>(kv_starts), shape.batch + 1);
-    levels_ = (shape.q_len + shape.q_tile - 1) / shape.q_tile;
+    const int64_t group = int64_t{shape.q_tile} * shape.share;
+    half_ = half_stack_parts(shape) * shape.kv_tile;
+    levels_ = (shape.q_len + group - 1) / group;
     splits_ = shape.split > 0 && shape.kv_len > 0 ? (shape.kv_len + shape.split - 1) / shape.split : 1;
     lengths_ = !packed_ && kv_starts != nullptr;  // how many keys each sequence has, in the place of their starts
   }
 
-  // To the next stack of keys, of the same tile or of the next one that sees any.
+  // To the next tile's turn with this stack of keys, else the next stack, else the next group that sees any.
   __aicore__ inline bool next() {
-    key_ += columns_;
-    bool more = started_ && key_ < tile_.keys;
-    if (started_) ++number_;
-    if (!more) {
-      more = next_tile();
-      while (more && tile_.keys == 0) more = next_tile();
-      if (started_) ++tile_number_;
+    valid_ = false;
+    if (started_) {
+      ++number_;
+      while (!valid_ && key_ < keys_) {
+        if (++member_ == shape_.share) {
+          const int64_t stack = keys_ - key_ < shape_.stack ? keys_ - key_ : shape_.stack;
+          halves_ += static_cast<int32_t>((stack + half_ - 1) / half_);
+          member_ = 0;
+          key_ += shape_.stack;
+        }
+        valid_ = key_ < tiles_[member_].keys;
+      }
+    }
+    if (!valid_) {
+      if (started_) ++group_number_;
+      do {
+        valid_ = next_group();
+      } while (valid_ && keys_ == 0);
       key_ = 0;
+      member_ = first_that_sees(0);
     }
     started_ = true;
-    valid_ = more;
-    if (more) columns_ = tile_.keys - key_ < shape_.stack ? static_cast<int32_t>(tile_.keys - key_) : shape_.stack;
-    return more;
+    const int64_t rest = tile().keys - key_;
+    if (valid_) columns_ = rest < shape_.stack ? static_cast<int32_t>(rest) : shape_.stack;
+    return valid_;
   }
 
-  // To the next tile, whether it sees keys or not.
-  __aicore__ inline bool next_tile() {
+  // To the next group, whether it sees keys or not.
+  __aicore__ inline bool next_group() {
     const int64_t total = levels_ * splits_ * shape_.batch * shape_.heads;
     while (true) {
       const int64_t place = round_ % 2 == 0 ? core_ : cores_ - 1 - core_, at = round_ * cores_ + place;
@@ -69,14 +93,31 @@ class FlashWalk {
   }
 
   __aicore__ inline bool valid() const { return valid_; }
-  __aicore__ inline const FlashTile& tile() const { return tile_; }
+  __aicore__ inline const FlashTile& tile() const { return tiles_[member_]; }
+  __aicore__ inline const FlashTile& tile(int32_t member) const {
+    return tiles_[member];
+  }  // without rows: there is none
+  __aicore__ inline int32_t member() const { return member_; }
   __aicore__ inline int64_t key() const { return key_; }          // of the tile's keys, the first of the stack
+  __aicore__ inline int64_t group_keys() const { return keys_; }  // as many as any tile of the group sees
   __aicore__ inline int32_t columns() const { return columns_; }  // keys of the stack
   __aicore__ inline bool first() const { return key_ == 0; }
-  __aicore__ inline bool last() const { return key_ + columns_ == tile_.keys; }
-  __aicore__ inline int32_t number() const { return number_; }  // of the stack
-  __aicore__ inline int32_t tile_number() const { return tile_number_; }
+  __aicore__ inline bool last() const { return key_ + columns_ == tile().keys; }
+  __aicore__ inline int32_t number() const { return number_; }  // of the turn
+  __aicore__ inline int32_t halves() const { return halves_; }  // half stacks before this one
+  __aicore__ inline int32_t group_number() const { return group_number_; }
   __aicore__ inline int32_t parts() const { return (columns_ + shape_.kv_tile - 1) / shape_.kv_tile; }
+  // Of the group's tiles, the first and the last that see a key.
+  __aicore__ inline int32_t first_that_sees(int64_t key) const {
+    int32_t member = 0;
+    while (member + 1 < shape_.share && tiles_[member].keys <= key) ++member;
+    return member;
+  }
+  __aicore__ inline int32_t last_that_sees(int64_t key) const {
+    int32_t member = shape_.share - 1;
+    while (member > 0 && tiles_[member].keys <= key) --member;
+    return member;
+  }
 
  private:
   __aicore__ inline bool take(int64_t at) {
@@ -93,30 +134,39 @@ class FlashWalk {
       kv_len = kv_len < kv_start ? 0 : kv_len - kv_start;
       if (kv_len > shape_.split) kv_len = shape_.split;
     }
-    const int64_t row = (levels_ - 1 - level) * shape_.q_tile;
-    if (row >= q_len) return false;
-    tile_.rows = q_len - row < shape_.q_tile ? static_cast<int32_t>(q_len - row) : shape_.q_tile;
-    const int64_t kv_head = head / (shape_.heads / shape_.kv_heads);
-    const int64_t batch = packed_ ? 0 : sequence, q_row = q_start + row;
-    tile_.q = batch * shape_.q_batch_stride + q_row * shape_.q_stride + head * shape_.q_head_stride;
-    tile_.k = batch * shape_.k_batch_stride + kv_start * shape_.k_stride + kv_head * shape_.k_head_stride;
-    tile_.v = batch * shape_.v_batch_stride + kv_start * shape_.v_stride + kv_head * shape_.v_head_stride;
-    tile_.out = split * shape_.out_split_stride + batch * shape_.out_batch_stride + q_row * shape_.out_stride +
-                head * shape_.out_head_stride;
-    tile_.lse =
-        split * shape_.lse_split_stride + batch * shape_.lse_batch_stride + head * shape_.lse_head_stride + q_row;
-    // The last query of a packed sequence sees its last key.
-    tile_.visible = row + 1 + shape_.q_offset + (packed_ ? kv_len - q_len : 0);
-    const int64_t end = tile_.visible + tile_.rows - 1;
-    tile_.keys = !shape_.causal || end > kv_len ? kv_len : (end < 0 ? 0 : end);
-    return true;
+    keys_ = 0;
+    bool any = false;
+    for (int32_t member = 0; member < shape_.share; ++member) {
+      FlashTile& tile = tiles_[member];
+      const int64_t row = ((levels_ - 1 - level) * shape_.share + member) * shape_.q_tile, left = q_len - row;
+      tile.rows = left < shape_.q_tile ? (left < 0 ? 0 : static_cast<int32_t>(left)) : shape_.q_tile;
+      tile.keys = 0;
+      if (tile.rows == 0) continue;
+      any = true;
+      const int64_t kv_head = head / (shape_.heads / shape_.kv_heads);
+      const int64_t batch = packed_ ? 0 : sequence, q_row = q_start + row;
+      tile.q = batch * shape_.q_batch_stride + q_row * shape_.q_stride + head * shape_.q_head_stride;
+      tile.k = batch * shape_.k_batch_stride + kv_start * shape_.k_stride + kv_head * shape_.k_head_stride;
+      tile.v = batch * shape_.v_batch_stride + kv_start * shape_.v_stride + kv_head * shape_.v_head_stride;
+      tile.out = split * shape_.out_split_stride + batch * shape_.out_batch_stride + q_row * shape_.out_stride +
+                 head * shape_.out_head_stride;
+      tile.lse =
+          split * shape_.lse_split_stride + batch * shape_.lse_batch_stride + head * shape_.lse_head_stride + q_row;
+      // The last query of a packed sequence sees its last key.
+      tile.visible = row + 1 + shape_.q_offset + (packed_ ? kv_len - q_len : 0);
+      const int64_t end = tile.visible + tile.rows - 1;
+      tile.keys = !shape_.causal || end > kv_len ? kv_len : (end < 0 ? 0 : end);
+      if (tile.keys > 0) tile.number = tiles_taken_++;
+      if (tile.keys > keys_) keys_ = tile.keys;
+    }
+    return any;
   }
 
   const FlashShape& shape_;
   GlobalTensor<int64_t> q_starts_, kv_starts_;
-  FlashTile tile_;
-  int64_t core_, cores_, levels_, splits_, round_ = 0, key_ = 0;
-  int32_t columns_ = 0, number_ = 0, tile_number_ = 0;
+  FlashTile tiles_[kMostShare] = {};
+  int64_t core_, cores_, levels_, splits_, round_ = 0, key_ = 0, keys_ = 0;
+  int32_t member_ = 0, columns_ = 0, number_ = 0, group_number_ = 0, tiles_taken_ = 0, halves_ = 0, half_;
   bool packed_, lengths_, started_ = false, valid_ = false;
 };
 

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                           place.v.token, place.v.head, place.lse_batch, place.lse_head, q_offset,
                           static_cast<int32_t>(heads), static_cast<int32_t>(kv_heads), static_cast<int32_t>(head_dim),
                           static_cast<int32_t>(causal), tiling.q_tile, tiling.kv_tile, tiling.stack, tiling.chunk,
-                          static_cast<float>(scale));
+                          tiling.share, static_cast<float>(scale));
           });
   return {out, lse};
 }

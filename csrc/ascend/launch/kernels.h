@@ -27,7 +27,7 @@ PYALPACA_DECLARE(float)
   uint32_t aclrtlaunch_flash_forward_##type(                                                                         \
       uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, void*, void*, int64_t, int64_t, int64_t,      \
       int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,    \
-      int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, float);                                \
+      int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, float);                       \
   uint32_t aclrtlaunch_flash_delta_##type(uint32_t, aclrtStream, void*, void*, void*, void*, int64_t, int64_t,       \
                                           int64_t, int64_t, int64_t, int32_t, int32_t);                              \
   uint32_t aclrtlaunch_flash_backward_##type(uint32_t, aclrtStream, void*, void*, void*, void*, void*, void*, void*, \

@@ -32,7 +32,7 @@ def forward(library: ctypes.CDLL, processor: Processor, dims: Dims, dtype: str, 
     """Nothing if there is no tiling for these shapes; so of the others."""
     batch, length, heads, kv_heads, head_dim = dims
     cut = tiling(library, "flash_forward", batch, length, length, heads, kv_heads, head_dim, processor.cube_cores)
-    cores, q_tile, kv_tile, stack, chunk, workspace, *_ = cut
+    cores, q_tile, kv_tile, stack, chunk, share, workspace, *_ = cut
     if cores == 0:
         return ()
     q, k = Reserved(batch * length * heads * head_dim * 2), Reserved(batch * length * kv_heads * head_dim * 2)
@@ -40,7 +40,8 @@ def forward(library: ctypes.CDLL, processor: Processor, dims: Dims, dtype: str, 
     arguments |= {"lse": Reserved(batch * heads * length * 4), "workspace": Reserved(workspace), "batch": batch}
     arguments |= {"q_len": length, "kv_len": length, **_strides("q", length, heads, head_dim)}
     arguments |= _strides("k", length, kv_heads, head_dim) | _strides("v", length, kv_heads, head_dim) | _tail(dims, causal)
-    arguments |= {"q_tile": q_tile, "kv_tile": kv_tile, "stack": stack, "chunk": chunk, "scale": head_dim**-0.5}
+    arguments |= {"q_tile": q_tile, "kv_tile": kv_tile, "stack": stack, "chunk": chunk, "share": share}
+    arguments |= {"scale": head_dim**-0.5}
     return (Launch(f"flash_forward_{dtype}", "MIX", cores, arguments),)
 
 
