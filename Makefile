@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 help:
 	@echo "make demo      set up, then walk the whole road on a small model"
 	@echo "make test      set up, then run the tests (long ones left out)"
-	@echo "make test-all  all tests"
+	@echo "make test-all  all tests, DeepSpeed's too (which it installs)"
 	@echo "make lint      ruff, mypy, clang-format; changes nothing"
 	@echo "make format    bring every file into the house's form"
 	@echo "make check-vectors VECTORS=FILE  replay recorded Ascend C calls on the emulation"
@@ -35,6 +35,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not long"
 
 test-all: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed tensorboard pyarrow
 	$(BIN)/python -m pytest
 
 lint: setup
