@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for name, value in rows:
         print(f"{name:<16}{value}")
-    print(f"\n{'operator':<18}{'backend':<11}why")
+    print(f"\n{'operator':<24}{'backend':<11}why")
     report = backend_report()
     for row in report:
-        print(f"{row.operator:<18}{row.backend:<11}{row.reason}")
+        print(f"{row.operator:<24}{row.backend:<11}{row.reason}")
     return 1 if any(row.backend == "none" for row in report) else 0

@@ -19,6 +19,49 @@ const T* at(const Strided& x, int64_t batch, int64_t token, int64_t head) {
   return static_cast<const T*>(x.data) + batch * x.batch + token * x.token + head * x.head;
 }
 
+constexpr int64_t kAlone = 0;  // the batch entry of a sequence that stands alone
+
+// Where a sequence begins: in which entry of the batch, and with which query and key of it.
+struct Start {
+  int64_t batch, query, key;
+};
+
+// Of sequence `sequence`; the shape becomes that of the sequence alone.
+PYALPACA_INLINE Start start_alone(const Packed& packed, int64_t sequence, AttentionShape& shape) {
+  shape.batch = 1;
+  if (packed.q_starts == nullptr) return {sequence, 0, 0};
+  const int64_t query = packed.q_starts[sequence], key = packed.kv_starts[sequence];
+  shape.queries = packed.q_starts[sequence + 1] - query, shape.keys = packed.kv_starts[sequence + 1] - key;
+  shape.q_offset = shape.keys - shape.queries;
+  return {0, query, key};
+}
+
+// The same tensors from that token on, of whose elements each takes `element` bytes.
+PYALPACA_INLINE void advance(Strided& x, int64_t batch, int64_t token, int64_t element) {
+  if (x.data != nullptr) x.data = static_cast<const char*>(x.data) + (batch * x.batch + token * x.token) * element;
+}
+PYALPACA_INLINE void advance(void*& contiguous, int64_t elements, int64_t element) {
+  contiguous = static_cast<char*>(contiguous) + elements * element;
+}
+
+PYALPACA_INLINE int64_t element_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
+
+// The sequence that is number `place` in the order of work.
+PYALPACA_INLINE int64_t sequence_at(const Packed& packed, int64_t place) {
+  return packed.order == nullptr ? place : packed.order[place];
+}
+
+// Scores to be computed of all heads of all sequences, about.
+PYALPACA_INLINE int64_t count_scores(const AttentionShape& shape, const Packed& packed) {
+  int64_t scores = packed.q_starts == nullptr ? shape.batch * shape.queries * shape.keys : 0;
+  for (int64_t i = 0; packed.q_starts != nullptr && i < shape.batch; ++i) {
+    AttentionShape alone = shape;
+    start_alone(packed, i, alone);
+    scores += alone.queries * alone.keys;
+  }
+  return scores * shape.heads / (shape.causal ? 2 : 1);
+}
+
 // How many of the keys from `block` on, at most `keys`, query `query` sees.
 PYALPACA_INLINE int64_t seen(const AttentionShape& s, int64_t query, int64_t block, int64_t keys) {
   return s.causal ? max(min(query + s.q_offset + 1 - block, keys), 0) : keys;

@@ -22,8 +22,23 @@ constexpr int64_t kBlock = 128;     // keys brought in together
 constexpr int64_t kTaskRows = 256;  // queries times heads of a task
 
 struct Task {
-  int64_t batch, kv_head, first, queries;  // queries [first, first + queries)
+  FlashAttention attention;         // of one sequence alone
+  int64_t kv_head, first, queries;  // queries [first, first + queries)
 };
+
+FlashAttention alone(FlashAttention a, int64_t sequence) {
+  const int64_t heads = a.shape.heads, row = heads * a.shape.head_dim, batch_rows = a.shape.queries;
+  const Start start = start_alone(a.packed, sequence, a.shape);
+  const int64_t element = element_of(a.dtype), cache = cache_element(a.cache_dtype);
+  advance(a.q, start.batch, start.query, element);
+  advance(a.k, start.batch, start.key, cache);
+  advance(a.v, start.batch, start.key, cache);
+  advance(a.k_scales, start.batch, start.key, sizeof(float));
+  advance(a.v_scales, start.batch, start.key, sizeof(float));
+  advance(a.out, (start.batch * batch_rows + start.query) * row, element);
+  a.lse += start.batch * heads * a.lse_head + start.query;
+  return a;
+}
 
 // A panel of queries: transposed, what came out so far, and the softmax so far (the largest score, and the sum of the
 // weights relative to it).
@@ -74,9 +89,9 @@ bool online_softmax(float* scores, int64_t keys, const Panel& p, float* factors)
 }
 
 // Asks for part `part` of `parts` of the rows of `x`, so that they are near when their turn comes.
-PYALPACA_INLINE void prefetch(const Strided& x, int64_t element, int64_t batch, int64_t first, int64_t count,
-                              int64_t head, int64_t head_dim, int64_t part, int64_t parts) {
-  const char* rows = static_cast<const char*>(x.data) + (batch * x.batch + first * x.token + head * x.head) * element;
+PYALPACA_INLINE void prefetch(const Strided& x, int64_t element, int64_t first, int64_t count, int64_t head,
+                              int64_t head_dim, int64_t part, int64_t parts) {
+  const char* rows = static_cast<const char*>(x.data) + (first * x.token + head * x.head) * element;
   for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
     for (int64_t byte = 0; byte < head_dim * element; byte += 64)
       __builtin_prefetch(rows + i * x.token * element + byte, 0, 2);
@@ -84,26 +99,29 @@ PYALPACA_INLINE void prefetch(const Strided& x, int64_t element, int64_t batch, 
 }
 
 // The same for what the task needs of the block of keys that begins at `block`.
-void prefetch_block(const FlashAttention& a, const Task& task, int64_t block, int64_t part, int64_t parts) {
+void prefetch_block(const Task& task, int64_t block, int64_t part, int64_t parts) {
+  const FlashAttention& a = task.attention;
   const AttentionShape& s = a.shape;
   const int64_t keys = min(kBlock, seen(s, task.first + task.queries - 1, block, s.keys - block));
   if (keys <= 0) return;
   const int64_t element = cache_element(a.cache_dtype);
-  prefetch(a.k, element, task.batch, block, keys, task.kv_head, s.head_dim, part, parts);
-  prefetch(a.v, element, task.batch, block, keys, task.kv_head, s.head_dim, part, parts);
+  prefetch(a.k, element, block, keys, task.kv_head, s.head_dim, part, parts);
+  prefetch(a.v, element, block, keys, task.kv_head, s.head_dim, part, parts);
 }
 
 // The same for what a task begins with.
-void prefetch_task(const FlashAttention& a, const Task& task, int64_t part, int64_t parts) {
-  const int64_t group = a.shape.heads / a.shape.kv_heads, element = a.dtype == Dtype::kFloat ? 4 : 2;
+void prefetch_task(const Task& task, int64_t part, int64_t parts) {
+  const FlashAttention& a = task.attention;
+  const int64_t group = a.shape.heads / a.shape.kv_heads, element = element_of(a.dtype);
   for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
-    prefetch(a.q, element, task.batch, task.first, task.queries, head, a.shape.head_dim, part, parts);
+    prefetch(a.q, element, task.first, task.queries, head, a.shape.head_dim, part, parts);
   }
-  prefetch_block(a, task, 0, part, parts);
+  prefetch_block(task, 0, part, parts);
 }
 
 template <class T>
-void run(const FlashAttention& a, const Task& task, const Task* next) {
+void run(const Task& task, const Task* next) {
+  const FlashAttention& a = task.attention;
   const AttentionShape& s = a.shape;
   const int64_t d = s.head_dim, group = s.heads / s.kv_heads;
   const int64_t panels = (task.queries + kColumns - 1) / kColumns;  // of one head
@@ -121,8 +139,7 @@ void run(const FlashAttention& a, const Task& task, const Task* next) {
     for (int64_t i = 0; i < panels; ++i) {
       const Panel p = panel(memory, d, g * panels + i);
       const int64_t first = task.first + i * kColumns, count = min(kColumns, task.first + task.queries - first);
-      copy_tile(at<T>(a.q, task.batch, first, task.kv_head * group + g), a.q.token, count, d, s.scale * kLog2E, rows,
-                row);
+      copy_tile(at<T>(a.q, kAlone, first, task.kv_head * group + g), a.q.token, count, d, s.scale * kLog2E, rows, row);
       transpose_tile(rows, row, count, d, p.q, kColumns, kColumns);
       for (int64_t c = 0; c < d * kColumns; c += kLanes) store(p.out + c, Vec{});
       for (int64_t c = 0; c < kColumns; c += kLanes) {
@@ -135,16 +152,16 @@ void run(const FlashAttention& a, const Task& task, const Task* next) {
   const int64_t last_key = seen(s, task.first + task.queries - 1, 0, s.keys);
   for (int64_t block = 0; block < last_key; block += kBlock) {
     const int64_t most = min(kBlock, last_key - block);
-    copy_cached(a.cache_dtype, a.k, a.k_scales, task.batch, task.kv_head, block, most, d, keys, row);
-    copy_cached(a.cache_dtype, a.v, a.v_scales, task.batch, task.kv_head, block, most, d, values, row);
+    copy_cached(a.cache_dtype, a.k, a.k_scales, kAlone, task.kv_head, block, most, d, keys, row);
+    copy_cached(a.cache_dtype, a.v, a.v_scales, kAlone, task.kv_head, block, most, d, values, row);
     for (int64_t i = 0; i < group * panels; ++i) {
       const Panel p = panel(memory, d, i);
       const int64_t first = task.first + i % panels * kColumns, end = min(first + kColumns, task.first + task.queries);
       const int64_t count = seen(s, end - 1, block, most);
       if (block + kBlock < last_key) {
-        prefetch_block(a, task, block + kBlock, i, group * panels);
+        prefetch_block(task, block + kBlock, i, group * panels);
       } else if (next != nullptr) {
-        prefetch_task(a, *next, i, group * panels);
+        prefetch_task(*next, i, group * panels);
       }
       if (count == 0) continue;
       multiply<Lies::kAlongDepth>(count, d, keys, row, p.q, kColumns, scores, kColumns, kSet);
@@ -171,10 +188,10 @@ void run(const FlashAttention& a, const Task& task, const Task* next) {
       }
     }
     transpose_tile(p.out, kColumns, d, kColumns, rows, row, d);
-    T* out = static_cast<T*>(a.out) + ((task.batch * s.queries + first) * s.heads + head) * d;
+    T* out = static_cast<T*>(a.out) + (first * s.heads + head) * d;
     for (int64_t r = 0; r < count; ++r, out += s.heads * d) {
       for (int64_t c = 0; c < d; c += kLanes) store_first(out + c, load_first(rows + r * row + c, d - c), d - c);
-      a.lse[(task.batch * s.heads + head) * s.queries + first + r] = p.top[r] * kLn2 + std::log(p.total[r]);
+      a.lse[head * a.lse_head + first + r] = p.top[r] * kLn2 + std::log(p.total[r]);
     }
   }
 }
@@ -183,30 +200,45 @@ void run(const FlashAttention& a, const Task& task, const Task* next) {
 
 void flash_attention(const FlashAttention& a) {
   const AttentionShape& s = a.shape;
+  const bool packed = a.packed.q_starts != nullptr;
   if (s.batch * s.queries * s.heads == 0) return;
-  if (s.queries == 1) return decode_attention(a);
-  const int64_t group = s.heads / s.kv_heads, pairs = s.batch * s.kv_heads;
-  const int64_t scores = s.batch * s.heads * s.queries * s.keys / (s.causal ? 2 : 1);
-  const int64_t threads = worthy_threads(2 * scores * s.head_dim, num_threads());
+  if (s.queries == 1 && !packed) return decode_attention(a);
+  const int64_t group = s.heads / s.kv_heads;
+  const int64_t threads = worthy_threads(2 * count_scores(s, a.packed) * s.head_dim, num_threads());
   int64_t queries = min(max(kTaskRows / group / kColumns, 1) * kColumns, s.queries);
+  // Of the sequence whose turn comes as number `place`: runs of queries, for each key head.
+  const auto count_runs = [&](int64_t place) {
+    AttentionShape alone = s;
+    start_alone(a.packed, sequence_at(a.packed, place), alone);
+    return (alone.queries + queries - 1) / queries;
+  };
+  const auto count_tasks = [&] {
+    if (!packed) return s.batch * s.kv_heads * count_runs(0);
+    int64_t tasks = 0;
+    for (int64_t place = 0; place < s.batch; ++place) tasks += s.kv_heads * count_runs(place);
+    return tasks;
+  };
   // With few heads, shorter runs give every thread something to do.
-  while (threads > 1 && queries > kColumns && pairs * ((s.queries + queries - 1) / queries) < 4 * threads) {
+  while (threads > 1 && queries > kColumns && count_tasks() < 4 * threads) {
     queries = round_up((queries + 1) / 2, kColumns);
   }
-  const int64_t runs = (s.queries + queries - 1) / queries, tasks = pairs * runs;
-  const auto task = [&](int64_t t) {
-    const int64_t pair = t / runs, first = (runs - 1 - t % runs) * queries;  // the last queries see most: first
-    return Task{pair / s.kv_heads, pair % s.kv_heads, first, min(queries, s.queries - first)};
-  };
+  const int64_t tasks = count_tasks();
   Queue queue;
   parallel(min(threads, tasks), 1, [&](int64_t, int64_t) {
+    int64_t place = 0, before = 0, runs = count_runs(0);  // a thread's tasks come in rising order
+    const auto task = [&](int64_t t) {
+      for (; t >= before + s.kv_heads * runs; runs = count_runs(place)) before += s.kv_heads * runs, ++place;
+      const FlashAttention own = alone(a, sequence_at(a.packed, place));
+      const int64_t first = (runs - 1 - (t - before) % runs) * queries;  // the last queries see most: first
+      return Task{own, (t - before) / runs, first, min(queries, own.shape.queries - first)};
+    };
     int64_t next = queue.take();
     while (next < tasks) {
       const Task current = task(next);
       next = queue.take();
       const Task after = task(min(next, tasks - 1));
       with_type(a.dtype,
-                [&](auto type) { run<typename decltype(type)::type>(a, current, next < tasks ? &after : nullptr); });
+                [&](auto type) { run<typename decltype(type)::type>(current, next < tasks ? &after : nullptr); });
     }
   });
 }

@@ -31,8 +31,25 @@ struct Memory {
   float *p, *ds;               // kBlock x kScoreRow: a key's row holds the queries of a tile
 };
 
+FlashAttentionBackward alone(FlashAttentionBackward a, int64_t sequence) {
+  const int64_t heads = a.shape.heads, kv_heads = a.shape.kv_heads, d = a.shape.head_dim, element = element_of(a.dtype);
+  const int64_t batch_rows = a.shape.queries, batch_keys = a.shape.keys;
+  const Start start = start_alone(a.packed, sequence, a.shape);
+  advance(a.q, start.batch, start.query, element);
+  advance(a.out, start.batch, start.query, element);
+  advance(a.dout, start.batch, start.query, element);
+  advance(a.k, start.batch, start.key, element);
+  advance(a.v, start.batch, start.key, element);
+  const int64_t query = start.batch * batch_rows + start.query, key = start.batch * batch_keys + start.key;
+  advance(a.dq, query * heads * d, element);
+  advance(a.dk, key * kv_heads * d, element);
+  advance(a.dv, key * kv_heads * d, element);
+  a.lse += start.batch * heads * a.lse_head + start.query;
+  return a;
+}
+
 template <class T>
-void load_head(const FlashAttentionBackward& a, const Memory& m, int64_t batch, int64_t head) {
+void load_head(const FlashAttentionBackward& a, const Memory& m, int64_t head) {
   const AttentionShape& s = a.shape;
   const int64_t d = s.head_dim, width = padded(d), end = round_up(s.queries, kColumns);
   if (d % kColumns != 0) {  // a panel of columns that goes beyond head_dim
@@ -40,8 +57,8 @@ void load_head(const FlashAttentionBackward& a, const Memory& m, int64_t batch, 
     std::memset(m.dout, 0, static_cast<size_t>(s.queries * width) * sizeof(float));
   }
   std::memset(m.dq_T, 0, static_cast<size_t>(end * d) * sizeof(float));
-  copy_tile(at<T>(a.q, batch, 0, head), a.q.token, s.queries, d, s.scale, m.q, width);
-  copy_tile(at<T>(a.dout, batch, 0, head), a.dout.token, s.queries, d, 1.0f, m.dout, width);
+  copy_tile(at<T>(a.q, kAlone, 0, head), a.q.token, s.queries, d, s.scale, m.q, width);
+  copy_tile(at<T>(a.dout, kAlone, 0, head), a.dout.token, s.queries, d, 1.0f, m.dout, width);
   for (int64_t i = 0; i < end; i += kColumns) {
     const int64_t rows = min(kColumns, s.queries - i);
     transpose_tile(m.q + i * width, width, rows, d, m.q_T + i * d, kColumns, kColumns);
@@ -51,13 +68,13 @@ void load_head(const FlashAttentionBackward& a, const Memory& m, int64_t batch, 
     // A row that sees nothing, or is none: with this logsumexp all its probabilities come out 0.
     m.delta[i] = 0.0f, m.lse[i] = kInfinity;
     if (i >= s.queries) continue;
-    const T* out = at<T>(a.out, batch, i, head);
+    const T* out = at<T>(a.out, kAlone, i, head);
     Vec delta = {};
     for (int64_t c = 0; c < d; c += kLanes) {
       delta += load_first(out + c, d - c) * load_first(m.dout + i * width + c, d - c);
     }
     m.delta[i] = sum(delta);
-    const float lse = a.lse[(batch * s.heads + head) * s.queries + i];
+    const float lse = a.lse[head * a.lse_head + i];
     if (lse != -kInfinity) m.lse[i] = lse * kLog2E;
   }
 }
@@ -121,11 +138,11 @@ void attend(const AttentionShape& s, const Memory& m, int64_t query, int64_t que
 }
 
 template <class T>
-void store_head(const float* from, float factor, void* to, int64_t batch, int64_t tokens, int64_t heads, int64_t head,
+void store_head(const float* from, float factor, void* to, int64_t tokens, int64_t heads, int64_t head,
                 int64_t head_dim) {
   const int64_t width = padded(head_dim);
   for (int64_t i = 0; i < tokens; ++i) {
-    T* row = static_cast<T*>(to) + ((batch * tokens + i) * heads + head) * head_dim;
+    T* row = static_cast<T*>(to) + (i * heads + head) * head_dim;
     for (int64_t c = 0; c < head_dim; c += kLanes) {
       store_first(row + c, load_first(from + i * width + c, head_dim - c) * factor, head_dim - c);
     }
@@ -133,7 +150,7 @@ void store_head(const float* from, float factor, void* to, int64_t batch, int64_
 }
 
 template <class T>
-void run(const FlashAttentionBackward& a, int64_t batch, int64_t kv_head) {
+void run(const FlashAttentionBackward& a, int64_t kv_head) {
   const AttentionShape& s = a.shape;
   const int64_t d = s.head_dim, width = padded(d), group = s.heads / s.kv_heads, end = round_up(s.queries, kColumns);
   const int64_t floats =
@@ -151,12 +168,12 @@ void run(const FlashAttentionBackward& a, int64_t batch, int64_t kv_head) {
   std::memset(m.dk, 0, static_cast<size_t>(s.keys * width) * sizeof(float));
   std::memset(m.dv, 0, static_cast<size_t>(s.keys * width) * sizeof(float));
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    load_head<T>(a, m, batch, head);
+    load_head<T>(a, m, head);
     const int64_t last_key = seen(s, s.queries - 1, 0, s.keys);
     for (int64_t block = 0; block < last_key; block += kBlock) {
       const int64_t keys = min(kBlock, last_key - block);
-      copy_tile(at<T>(a.k, batch, block, kv_head), a.k.token, keys, d, 1.0f, m.keys, width);
-      copy_tile(at<T>(a.v, batch, block, kv_head), a.v.token, keys, d, 1.0f, m.values, width);
+      copy_tile(at<T>(a.k, kAlone, block, kv_head), a.k.token, keys, d, 1.0f, m.keys, width);
+      copy_tile(at<T>(a.v, kAlone, block, kv_head), a.v.token, keys, d, 1.0f, m.values, width);
       // The first query that sees a key of this block, at the start of its panel.
       const int64_t first = s.causal ? max(block - s.q_offset, 0) / kColumns * kColumns : 0;
       for (int64_t query = first; query < s.queries; query += kTile) {
@@ -166,22 +183,23 @@ void run(const FlashAttentionBackward& a, int64_t batch, int64_t kv_head) {
     for (int64_t i = 0; i < end; i += kColumns) {  // q is not needed any more
       transpose_tile(m.dq_T + i * d, kColumns, d, kColumns, m.q + i * width, width, d);
     }
-    store_head<T>(m.q, s.scale, a.dq, batch, s.queries, s.heads, head, d);
+    store_head<T>(m.q, s.scale, a.dq, s.queries, s.heads, head, d);
   }
-  store_head<T>(m.dk, 1.0f, a.dk, batch, s.keys, s.kv_heads, kv_head, d);
-  store_head<T>(m.dv, 1.0f, a.dv, batch, s.keys, s.kv_heads, kv_head, d);
+  store_head<T>(m.dk, 1.0f, a.dk, s.keys, s.kv_heads, kv_head, d);
+  store_head<T>(m.dv, 1.0f, a.dv, s.keys, s.kv_heads, kv_head, d);
 }
 
 }  // namespace
 
 void flash_attention_backward(const FlashAttentionBackward& a) {
   const AttentionShape& s = a.shape;
-  const int64_t tasks = s.batch * s.kv_heads, scores = s.batch * s.heads * s.queries * s.keys / (s.causal ? 2 : 1);
-  const int64_t threads = worthy_threads(5 * scores * s.head_dim, num_threads());
+  const int64_t tasks = s.batch * s.kv_heads;
+  const int64_t threads = worthy_threads(5 * count_scores(s, a.packed) * s.head_dim, num_threads());
   Queue queue;
   parallel(min(threads, tasks), 1, [&](int64_t, int64_t) {
     for (int64_t t = queue.take(); t < tasks; t = queue.take()) {
-      with_type(a.dtype, [&](auto type) { run<typename decltype(type)::type>(a, t / s.kv_heads, t % s.kv_heads); });
+      const FlashAttentionBackward own = alone(a, sequence_at(a.packed, t / s.kv_heads));
+      with_type(a.dtype, [&](auto type) { run<typename decltype(type)::type>(own, t % s.kv_heads); });
     }
   });
 }

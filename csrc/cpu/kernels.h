@@ -175,10 +175,16 @@ struct Strided {
 };
 
 struct AttentionShape {
-  int64_t batch, queries, keys, heads, kv_heads, head_dim;
-  bool causal;  // query i sees keys j <= i + q_offset
-  int64_t q_offset;
+  int64_t batch, queries, keys, heads, kv_heads, head_dim;  // packed: how many sequences, and the longest's
+  bool causal;                                              // query i sees keys j <= i + q_offset
+  int64_t q_offset;                                         // packed: keys - queries of each sequence instead
   float scale;
+};
+
+// Sequences side by side in one batch entry: sequence b has the queries and keys from starts[b] to starts[b + 1].
+struct Packed {
+  const int64_t *q_starts, *kv_starts;  // null: a batch of sequences of one length
+  const int64_t* order;                 // in which the sequences are worked on
 };
 
 // What keys and values are kept as; int8 has a factor a token and head.
@@ -191,6 +197,8 @@ struct FlashAttention {
   Strided q, k, v, k_scales, v_scales;  // scales: fp32 if k and v are int8, else no data
   void* out;                            // (batch, queries, heads, head_dim)
   float* lse;                           // (batch, heads, queries)
+  int64_t lse_head;                     // elements from head to head
+  Packed packed;
 };
 
 // Rounds keys or values (batch, tokens, heads, head_dim) to what the cache is kept as; int8: to the nearest of 255
@@ -207,7 +215,9 @@ struct FlashAttentionBackward {
   AttentionShape shape;
   Strided q, k, v, out, dout;
   const float* lse;
+  int64_t lse_head;
   void *dq, *dk, *dv;  // like q, k, v, contiguous
+  Packed packed;
 };
 
 struct Kernels {

@@ -84,7 +84,7 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Op
                      true,      length - q.size(1), static_cast<float>(scale)};
   arguments.q = strided(q1), arguments.k = strided(k), arguments.v = strided(v);
   if (k_scales.has_value()) arguments.k_scales = strided(*k_scales), arguments.v_scales = strided(*v_scales);
-  arguments.out = out.mutable_data_ptr(), arguments.lse = lse.mutable_data_ptr<float>();
+  arguments.out = out.mutable_data_ptr(), arguments.lse = lse.mutable_data_ptr<float>(), arguments.lse_head = q.size(1);
   cpu::kernels().flash_attention(arguments);
   return out;
 }

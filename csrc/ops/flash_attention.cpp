@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const T
   arguments.dtype = dtype_of(q), arguments.cache_dtype = cache_dtype_of(k);
   arguments.shape = shape(q, k, causal, q_offset, scale);
   arguments.q = strided(q1), arguments.k = strided(k1), arguments.v = strided(v1);
-  arguments.out = out.mutable_data_ptr(), arguments.lse = lse.mutable_data_ptr<float>();
+  arguments.out = out.mutable_data_ptr(), arguments.lse = lse.mutable_data_ptr<float>(), arguments.lse_head = q.size(1);
   cpu::kernels().flash_attention(arguments);
   return {out, lse};
 }
@@ -69,9 +69,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& dout, const Tensor
   auto [dq, dk, dv] = meta_backward(dout, q, k, v, out, lse, causal, q_offset, scale);
   const Tensor q1 = last_contiguous(q), k1 = last_contiguous(k), v1 = last_contiguous(v), out1 = last_contiguous(out);
   const Tensor dout1 = last_contiguous(dout), lse1 = lse.contiguous();
-  cpu::kernels().flash_attention_backward({dtype_of(q), shape(q, k, causal, q_offset, scale), strided(q1), strided(k1),
-                                           strided(v1), strided(out1), strided(dout1), lse1.const_data_ptr<float>(),
-                                           dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()});
+  cpu::FlashAttentionBackward arguments{};
+  arguments.dtype = dtype_of(q), arguments.shape = shape(q, k, causal, q_offset, scale);
+  arguments.q = strided(q1), arguments.k = strided(k1), arguments.v = strided(v1);
+  arguments.out = strided(out1), arguments.dout = strided(dout1);
+  arguments.lse = lse1.const_data_ptr<float>(), arguments.lse_head = q.size(1);
+  arguments.dq = dq.mutable_data_ptr(), arguments.dk = dk.mutable_data_ptr(), arguments.dv = dv.mutable_data_ptr();
+  cpu::kernels().flash_attention_backward(arguments);
   return {dq, dk, dv};
 }
 

@@ -56,7 +56,6 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--micro-batch", type=int, default=1, metavar="N", help="samples in one forward pass (default 1)")
     step.add_argument("--global-batch", type=int, metavar="N", help="samples in one step (default dp x micro batch)")
     step.add_argument("--seq", type=int, default=2048, metavar="N", help="tokens of a sample (default 2048)")
-    step.add_argument("--pack", action="store_true", help="short samples share rows of --seq tokens")
     step.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of weights and activations")
     step.add_argument(
         "--recompute",
@@ -108,7 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         micro_batch=1 if args.search else args.micro_batch,
         global_batch=args.global_batch or shape["dp"] * (1 if args.search else args.micro_batch),
         seq=args.seq,
-        packed=args.pack,
         dtype=args.dtype,
         recompute="none" if args.search else args.recompute,
         recompute_every=1 if args.search else args.recompute_every,
@@ -148,7 +146,7 @@ _NAMES = {
 
 _PLANNED = (
     *("tp", "cp", "pp", "sequence_parallel", "schedule", "chunks", "layers", "zero", "micro_batch", "global_batch", "seq"),
-    *("pack", "dtype", "recompute", "recompute_every", "lora_r", "lora_targets", "lora_full"),
+    *("dtype", "recompute", "recompute_every", "lora_r", "lora_targets", "lora_full"),
 )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from pyalpaca.ops import flash_attention
+from pyalpaca.ops import flash_attention_packed
 
 Starts = Sequence[Sequence[int]]
 """Of each row, where its samples begin, the first at 0."""
@@ -21,11 +19,9 @@ def attend_apart(starts: Starts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """
 
     def attend(q_BSHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor) -> Tensor:
-        length = q_BSHd.shape[1]
-        # Splitting all rows at once makes the gradient one concatenation.
-        lengths = [b - a for row in starts for a, b in pairwise([*(at for at in row if at < length), length])]
-        parts = (x.flatten(0, 1).split(lengths) for x in (q_BSHd, k_BSKd, v_BSKd))
-        mixed = [flash_attention(*(x.unsqueeze(0) for x in part)) for part in zip(*parts, strict=True)]
-        return torch.cat(mixed, 1).view_as(q_BSHd)
+        batch, length = q_BSHd.shape[:2]
+        begins = [i * length + at for i, row in enumerate(starts) for at in row if at < length]
+        q_NHd, k_NKd, v_NKd = (x.flatten(0, 1) for x in (q_BSHd, k_BSKd, v_BSKd))
+        return flash_attention_packed(q_NHd, k_NKd, v_NKd, [*begins, batch * length]).view_as(q_BSHd)
 
     return attend

@@ -1,9 +1,9 @@
 """The operators of the model, each differentiable and served by one of several backends (C++, NPU, plain torch).
 
 rms_norm(x, weight, eps), add_rms_norm(x, residual, weight, eps), rope(x_BSHd, cos, sin), rope_qk(q_BSHd, k_BSKd, cos, sin),
-swiglu(gate, up), linear(x, weight), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), and without a gradient store_cache and
-cached_attention (decoding over a cache of keys and values), rope_qk_store, lora_merge, adamw_ and grad_norm: fp32, bf16 and
-fp16 on CPU run in C++, every other dtype and device in plain torch.
+swiglu(gate, up), linear(x, weight), flash_attention(q_BSHd, k_BTKd, v_BTKd, ...), flash_attention_packed (of sequences side by
+side), and without a gradient store_cache and cached_attention (decoding over a cache of keys and values), rope_qk_store,
+lora_merge, adamw_ and grad_norm: fp32, bf16 and fp16 on CPU run in C++, every other dtype and device in plain torch.
 PYALPACA_BACKEND=auto|cpp|npu|reference or `with backend("reference")` choose by name; `backend_report()` says which backend
 serves which operator, and why.
 """
@@ -19,6 +19,7 @@ from pyalpaca.ops.operators import (
     flash_attention,
     flash_attention_backward,
     flash_attention_lse,
+    flash_attention_packed,
     grad_norm,
     linear,
     linear_dweight,
@@ -50,6 +51,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_backward",
     "flash_attention_lse",
+    "flash_attention_packed",
     "grad_norm",
     "idle_memory",
     "linear",

@@ -59,14 +59,15 @@ def refusal(operator: str, x: Tensor) -> str | None:
         return trouble
     if not _has_kernel(operator):
         return "there is no kernel of ours for it"
-    if operator == "flash_attention" and x.requires_grad and torch.is_grad_enabled() and not _has_kernel(f"{operator}_backward"):
+    attention = operator in ("flash_attention", "flash_attention_packed")
+    if attention and x.requires_grad and torch.is_grad_enabled() and not _has_kernel(f"{operator}_backward"):
         return "there is no kernel of ours for its gradient"
     width = x.shape[-1]
     if operator in ("rms_norm", "add_rms_norm") and not 1 <= width <= 8192:
         return f"rows are {width} long, our kernel takes up to 8192"
-    if operator in ("rope", "rope_qk", "rope_qk_store", "flash_attention") and (width % 16 != 0 or not 16 <= width <= 128):
+    if (attention or operator in ("rope", "rope_qk", "rope_qk_store")) and (width % 16 != 0 or not 16 <= width <= 128):
         return f"head_dim is {width}, our kernel takes multiples of 16 up to 128"
-    dtypes = (torch.float16, torch.bfloat16) if operator == "flash_attention" else (torch.float16, torch.bfloat16, torch.float32)
+    dtypes = (torch.float16, torch.bfloat16) if attention else (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in dtypes:
         return f"the tensors are {x.dtype}, our kernel takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     return None

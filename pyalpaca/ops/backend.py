@@ -24,6 +24,7 @@ OPERATORS = (
     "rope_qk_store",
     "swiglu",
     "flash_attention",
+    "flash_attention_packed",
     "cached_attention",
     "store_cache",
     "lora_merge",
@@ -66,6 +67,17 @@ class Backend(Protocol):
 
     def flash_attention(
         self, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def flash_attention_packed(
+        self,
+        q_NHd: Tensor,
+        k_MKd: Tensor,
+        v_MKd: Tensor,
+        q_starts: Sequence[int],
+        kv_starts: Sequence[int],
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]: ...
 
     def flash_attention_backward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from pyalpaca.ops import extension
 from pyalpaca.ops.quantize import group_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ATTENTION = ("flash_attention", "cached_attention", "store_cache")
+_ATTENTION = ("flash_attention", "flash_attention_packed", "cached_attention", "store_cache")
 
 
 def refusal(operator: str, x: Tensor) -> str | None:
@@ -140,6 +141,15 @@ def flash_attention(
 ) -> tuple[Tensor, Tensor]:
     out, lse_BHS = torch.ops.pyalpaca.flash_attention.default(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
     return out, lse_BHS
+
+
+def flash_attention_packed(
+    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, q_starts: Sequence[int], kv_starts: Sequence[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    starts = [torch.tensor(numbers).to(q_NHd.device, non_blocking=True) for numbers in (q_starts, kv_starts)]
+    longest = [max(end - begin for begin, end in pairwise(numbers)) for numbers in (q_starts, kv_starts)]
+    out, lse = torch.ops.pyalpaca.flash_attention_packed.default(q_NHd, k_MKd, v_MKd, *starts, *longest, causal, scale)
+    return out, lse
 
 
 def flash_attention_backward(

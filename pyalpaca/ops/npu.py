@@ -17,7 +17,12 @@ from torch import Tensor
 from pyalpaca.ops import ascend, cpp, reference
 
 # What of torch_npu serves an operator.
-_TORCH_NPU = {"rms_norm": "npu_rms_norm", "rope": "npu_rotary_mul", "flash_attention": "npu_fusion_attention"}
+_TORCH_NPU = {
+    "rms_norm": "npu_rms_norm",
+    "rope": "npu_rotary_mul",
+    "flash_attention": "npu_fusion_attention",
+    "flash_attention_packed": "npu_fusion_attention",  # a call a sequence
+}
 
 
 @functools.cache
@@ -45,7 +50,7 @@ def _torch_npu_refusal(operator: str, x: Tensor) -> str | None:
     name = _TORCH_NPU.get(operator)
     if name is not None and not hasattr(_torch_npu(), name):
         return f"torch_npu {getattr(_torch_npu(), '__version__', '')} has no {name}"
-    if operator == "flash_attention" and x.dtype not in (torch.float16, torch.bfloat16):
+    if operator in ("flash_attention", "flash_attention_packed") and x.dtype not in (torch.float16, torch.bfloat16):
         return f"the tensors are {x.dtype}, torch_npu's attention takes float16 and bfloat16"
     return None
 
@@ -186,6 +191,14 @@ def flash_attention(
     )
     # Both statistics come as (B, H, S, 8), the last dimension eight copies.
     return out, (maximum + total.log())[..., 0]
+
+
+def flash_attention_packed(
+    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, q_starts: Sequence[int], kv_starts: Sequence[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    if ascend.refusal("flash_attention_packed", q_NHd) is None:
+        return cpp.flash_attention_packed(q_NHd, k_MKd, v_MKd, q_starts, kv_starts, causal, scale)
+    return reference.one_by_one(flash_attention, q_NHd, k_MKd, v_MKd, q_starts, kv_starts, causal, scale)
 
 
 def cached_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -185,6 +186,33 @@ def flash_attention_lse(
     return _attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
 
 
+def flash_attention_packed(
+    q_NHd: Tensor,
+    k_MKd: Tensor,
+    v_MKd: Tensor,
+    starts: Sequence[int],
+    *,
+    kv_starts: Sequence[int] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """`flash_attention` of sequences side by side, none of which sees another's keys, in one call; like q.
+
+    q (N, H, d), k and v (M, K, d) of the same dtype, H a multiple of K. starts: where in q the sequences begin, and behind
+    them N; kv_starts: the same in k, where it is not that of q. They rise from 0, in equal steps for an empty sequence. If
+    causal, a sequence's last query sees its last key; a query that sees none gives 0. scale defaults to d**-0.5.
+    """
+    operator = "flash_attention_packed"
+    _check_heads(operator, q_NHd, k_MKd)
+    kv_starts = starts if kv_starts is None else kv_starts
+    _check_starts("starts", starts, q_NHd, "q")
+    _check_starts("kv_starts", kv_starts, k_MKd, "k")
+    if len(starts) != len(kv_starts):
+        raise ValueError(f"{operator}: found {len(starts)} starts and {len(kv_starts)} kv_starts, expected as many")
+    scale = q_NHd.shape[-1] ** -0.5 if scale is None else scale
+    return choose(operator, q_NHd).flash_attention_packed(q_NHd, k_MKd, v_MKd, starts, kv_starts, causal, scale)[0]
+
+
 def flash_attention_backward(
     dout_BSHd: Tensor, q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, out_BSHd: Tensor, lse_BHS: Tensor, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,10 +259,24 @@ def cached_attention(
 def _attention(
     q_BSHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, causal: bool, q_offset: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    if k_BTKd.shape[2] == 0 or q_BSHd.shape[2] % k_BTKd.shape[2] != 0:
-        raise ValueError(
-            f"flash_attention: q has {q_BSHd.shape[2]} heads and k has {k_BTKd.shape[2]}; "
-            "expected a number of query heads that the number of key heads divides"
-        )
+    _check_heads("flash_attention", q_BSHd, k_BTKd)
     scale = q_BSHd.shape[-1] ** -0.5 if scale is None else scale
     return choose("flash_attention", q_BSHd).flash_attention(q_BSHd, k_BTKd, v_BTKd, causal, q_offset, scale)
+
+
+def _check_heads(operator: str, q: Tensor, k: Tensor) -> None:
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(
+            f"{operator}: q has {heads} heads and k has {kv_heads}; "
+            "expected a number of query heads that the number of key heads divides"
+        )
+
+
+def _check_starts(name: str, starts: Sequence[int], x: Tensor, of: str) -> None:
+    rising = len(starts) > 1 and starts[0] == 0 and all(a <= b for a, b in pairwise(starts))
+    if not rising or starts[-1] != x.shape[0]:
+        raise ValueError(
+            f"flash_attention_packed: {name} are {list(starts)}, "
+            f"expected numbers that rise from 0 to {x.shape[0]}, the number of tokens of {of}"
+        )

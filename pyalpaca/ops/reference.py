@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +194,31 @@ def flash_attention(
     total_BHS1 = weight_BHST.sum(-1, keepdim=True)
     weight_BHST = weight_BHST / total_BHS1.masked_fill(total_BHS1 == 0, 1.0)
     return (weight_BHST @ v_BHTd).transpose(1, 2).to(q_BSHd.dtype), lse_BHS
+
+
+def flash_attention_packed(
+    q_NHd: Tensor, k_MKd: Tensor, v_MKd: Tensor, q_starts: Sequence[int], kv_starts: Sequence[int], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention within each sequence, whose last query sees its last key, and the logsumexp (H, N)."""
+    return one_by_one(flash_attention, q_NHd, k_MKd, v_MKd, q_starts, kv_starts, causal, scale)
+
+
+def one_by_one(
+    attention: Callable[[Tensor, Tensor, Tensor, bool, int, float], tuple[Tensor, Tensor]],
+    q_NHd: Tensor,
+    k_MKd: Tensor,
+    v_MKd: Tensor,
+    q_starts: Sequence[int],
+    kv_starts: Sequence[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """flash_attention_packed as a call of flash_attention a sequence."""
+    lengths, kv_lengths = ([end - begin for begin, end in pairwise(starts)] for starts in (q_starts, kv_starts))
+    # Splitting all at once makes the gradient one concatenation.
+    parts = zip(q_NHd.split(lengths), k_MKd.split(kv_lengths), v_MKd.split(kv_lengths), strict=True)
+    results = [attention(q[None], k[None], v[None], causal, len(k) - len(q), scale) for q, k, v in parts]
+    return torch.cat([out[0] for out, _ in results]), torch.cat([lse[0] for _, lse in results], dim=-1)
 
 
 def flash_attention_backward(

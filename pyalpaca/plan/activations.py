@@ -42,7 +42,7 @@ def block(job: Job) -> list[Kept]:
         Kept("its rstd", stream * FP32),
         Kept("normalised, attention", if_wanted(seen * D * e, "q_proj", "k_proj", "v_proj"), cheap=True),
         Kept("q, k, v", seen * (Q + 2 * K) * e),
-        Kept("attention", seen * Q * e * (2 if job.packed else 1)),  # of packed samples once by sample, and once as rows
+        Kept("attention", seen * Q * e),
         Kept("its logsumexp", seen * H * FP32),
         Kept("residual stream, feed-forward", stream * D * e),
         Kept("its rstd", stream * FP32),

@@ -18,7 +18,7 @@ class Job:
     """A training to be planned. ValueError for what contradicts itself or can't be cut.
 
     tp, cp, pp, dp: sizes of the tensor, context, pipeline and data axes.
-    micro_batch, global_batch: samples. seq: tokens a sample. packed: samples share rows. layers: of each (virtual) stage, even
+    micro_batch, global_batch: samples. seq: tokens a sample. layers: of each (virtual) stage, even
     if not given. chunks: virtual stages a stage. zero: 0 and 1 are pyalpaca's own, 2 and 3 DeepSpeed's, which keeps
     two buckets of so many numbers (1e8 as published). lora_r 0: all weights learn.
     """
@@ -31,7 +31,6 @@ class Job:
     micro_batch: int = 1
     global_batch: int = 1
     seq: int = 2048
-    packed: bool = False
     sequence_parallel: bool = False
     dtype: str = "fp16"
     recompute: str = "none"

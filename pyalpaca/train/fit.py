@@ -26,7 +26,6 @@ def planned_job(config: TrainConfig, model: LlamaConfig, replicas: int, zero: in
         micro_batch=config.micro_batch_size,
         global_batch=config.global_batch_size,
         seq=config.seq_length,
-        packed=config.pack,
         sequence_parallel=config.sequence_parallel and config.tp > 1,
         dtype=config.dtype,
         recompute=config.recompute,

@@ -30,9 +30,17 @@ def qkv(dtype: torch.dtype, queries: int, keys: int, heads: int, kv_heads: int, 
     return [x.requires_grad_(grad) for x in tensors]
 
 
-def attention_backward(*arguments: Any) -> tuple[Any, ...]:
+def packed_qkv(dtype: torch.dtype, grad: bool = False) -> list[torch.Tensor]:
+    return [x[0].detach().requires_grad_(grad) for x in qkv(dtype, 6, 9, 4, 2)]
+
+
+def packed_starts() -> tuple[Any, ...]:
+    return torch.tensor([0, 2, 2, 6]), torch.tensor([0, 3, 4, 9]), 4, 5
+
+
+def attention_backward(*arguments: Any, name: str = "flash_attention") -> tuple[Any, ...]:
     q, k, v, *rest = arguments
-    out, lse = torch.ops.pyalpaca.flash_attention(q, k, v, *rest)
+    out, lse = getattr(torch.ops.pyalpaca, name)(q, k, v, *rest)
     return (torch.ones_like(out), q, k, v, out, lse, *rest)
 
 
@@ -89,6 +97,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (*qkv(torch.float32, 6, 9, 4, 2, grad=True), True, 3, 0.25),
             (*(x.transpose(1, 2) for x in qkv(half, 3, 3, 5, 5)), False, 0, 0.5),
         ],
+        "flash_attention_packed": [
+            (*packed_qkv(torch.float32, grad=True), *packed_starts(), True, 0.25),
+            (*packed_qkv(half), *packed_starts(), False, 0.5),
+        ],
         "linear": [
             (random(2, 3, 8).requires_grad_(), random(5, 8).requires_grad_()),
             (random(20, 8, dtype=bf16).requires_grad_(), random(8, 6, dtype=bf16).T),
@@ -122,6 +134,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "flash_attention_backward": [
             attention_backward(*qkv(torch.float32, 6, 9, 4, 2), True, 3, 0.25),
             attention_backward(*qkv(bf16, 7, 7, 2, 2), False, 0, 0.5),
+        ],
+        "flash_attention_packed_backward": [
+            attention_backward(*packed_qkv(bf16), *packed_starts(), True, 0.25, name="flash_attention_packed"),
         ],
     }
 

@@ -78,12 +78,6 @@ Gradients flash_attention_packed_backward(const Tensor& dout, const Tensor& q, c
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
-  m.def(
-      "flash_attention_packed_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
-      "q_starts, Tensor kv_starts, int longest_q, int longest_kv, bool causal, float scale) -> (Tensor dq, Tensor dk, "
-      "Tensor dv)");
-}
 TORCH_LIBRARY_IMPL(pyalpaca, PrivateUse1, m) {
   m.impl("flash_attention_backward", flash_attention_backward);
   m.impl("flash_attention_packed_backward", flash_attention_packed_backward);

@@ -58,11 +58,6 @@ std::tuple<Tensor, Tensor> flash_attention_packed(const Tensor& q, const Tensor&
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
-  m.def(
-      "flash_attention_packed(Tensor q, Tensor k, Tensor v, Tensor q_starts, Tensor kv_starts, int longest_q, int "
-      "longest_kv, bool causal, float scale) -> (Tensor out, Tensor lse)");
-}
 TORCH_LIBRARY_IMPL(pyalpaca, PrivateUse1, m) {
   m.impl("flash_attention", flash_attention);
   m.impl("flash_attention_packed", flash_attention_packed);
