@@ -166,7 +166,7 @@ def test_what_our_kernels_do_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -
         ("flash_attention", (1, 2, 3, 72), torch.float16, "head_dim is 72, our kernel takes multiples of 16 up to 128"),
         ("flash_attention", (1, 2, 3, 64), torch.float32, "the tensors are torch.float32, our kernel takes float16, bfloat16"),
         ("flash_attention_packed", (2, 3, 128), torch.bfloat16, None),
-        ("flash_attention_packed", (2, 3, 64), torch.float32, "the tensors are torch.float32, our kernel takes float16, bfloat16"),
+        ("flash_attention_packed", (2, 3, 72), torch.float16, "head_dim is 72, our kernel takes multiples of 16 up to 128"),
         ("lora_merge", (2, 2), torch.float32, "there is no kernel of ours for it"),
     ]
     for operator, shape, dtype, expected in cases:
