@@ -1,11 +1,12 @@
 // Large blocks of memory from the system, kept when they are given back and handed out again.
 //
 // A fresh page costs a fault and a fill with zeros at its first write, more than most operators here need for their
-// work on it, and malloc gives large blocks back to the system each time.
+// work on it, and malloc gives large blocks back to the system each time. Blocks that lie side by side become one when
+// they are idle, and are cut again to what is wanted: in a training step gradients take the place of activations.
 #pragma once
 
 #include <cstddef>
-#include <list>
+#include <map>
 #include <mutex>
 #include <unordered_map>
 
@@ -19,8 +20,9 @@ class Pool {
   // Hands back what take() gave; false if that is not so.
   bool give(void* data);
 
-  // Until now idle blocks may have kIdle bytes. If `whole`, they may from here on have what brings all blocks to the
-  // most that has ever been in use at once: memory that was needed once is needed again, as in a loop of equal steps.
+  // Until now idle memory may have kIdle bytes. If `whole`, it may from here on have what brings all blocks to the
+  // most that has ever been in use at once, and kSlack for blocks that do not fit into the gaps: memory that was needed
+  // once is needed again, as in a loop of equal steps.
   void keep(bool whole);
 
   // Gives all that lies idle back to the system.
@@ -32,15 +34,18 @@ class Pool {
   std::mutex& mutex() { return mutex_; }
 
  private:
-  struct Block {
-    void* data;
-    size_t size;
-  };
+  using Ranges = std::map<char*, size_t>;  // address, size; none touches another
 
-  void release_surplus(std::list<Block>& surplus);
+  static void add(Ranges& ranges, char* begin, size_t size);
+  static Ranges::iterator best(Ranges& ranges, size_t size);
+  char* cut(Ranges& ranges, Ranges::iterator range, size_t size);
+  char* find(size_t size);
+  bool extend(size_t size);
+  void trim(size_t allowed);
+  size_t allowed() const;
 
   mutable std::mutex mutex_;
-  std::list<Block> idle_;  // the one used last in front
+  Ranges idle_, fresh_;  // with pages, and without any
   std::unordered_map<void*, size_t> used_;
   size_t idle_bytes_ = 0, used_bytes_ = 0, most_bytes_ = 0;
   bool whole_ = false;

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyalpaca.bench.train.cases import CONTESTANTS, Contestant, Scale, model_config
 from pyalpaca.checkpoint import memory_reader
 from pyalpaca.model import config_to_hf, flatten, init, parameters
+from pyalpaca.ops import reuse_memory
 from pyalpaca.parallel import init_mesh
 from pyalpaca.train import TrainConfig
 from pyalpaca.train.loop import plan, start
@@ -52,6 +53,7 @@ def ours(scale: Scale, who: Contestant) -> tuple[Step, int, int]:
         dtype=who.dtype,
         recompute=who.recompute,
     )
+    reuse_memory()  # as the train command does
     mesh = init_mesh(who.tp, who.pp)
     setup = plan(model_config(scale), config, mesh)
     state = start(config, setup, memory_reader(model_config(scale), _weights(scale)))
