@@ -66,6 +66,8 @@ def linear_cross_entropy(
             raise ValueError(
                 f"linear_cross_entropy: found the label {int(labels[~known][0])}, expected 0 to {weight_VD.shape[0] - 1}, or -100"
             )
+    if not torch.is_grad_enabled():  # a Function is told only that its inputs ask for a gradient
+        x, weight_VD = x.detach(), weight_VD.detach()
     loss: Tensor = _Loss.apply(x.reshape(-1, x.shape[-1]), weight_VD, labels.reshape(-1), scale, shards)
     return loss
 

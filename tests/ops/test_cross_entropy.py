@@ -166,3 +166,12 @@ print(run(8000) - before)
     command = [sys.executable, "-c", program]
     extra_kb = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert extra_kb < 8000 * 20000 * 4 / 1024 / 10, "a tenth of the logits"
+
+
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, labels = random(7, 16).requires_grad_(), random(11, 16).requires_grad_(), labels_of(7, vocabulary=11)
+    expected = linear_cross_entropy(x, weight, labels).detach()
+    for name in ("linear_dx", "linear_dweight_add_"):
+        monkeypatch.setattr(f"pyalpaca.ops.cross_entropy.{name}", lambda *args: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(x, weight, labels), expected)

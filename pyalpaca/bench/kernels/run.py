@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pyalpaca.bench.kernels.picture import require_matplotlib
 
         require_matplotlib()
+    # Known before minutes are spent on measuring.
+    for path in filter(None, (args.json, args.csv, args.markdown, args.plot)):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder, expected a file or nothing; choose another output file")
     if args.earlier:
         from pyalpaca.bench.kernels.result import join, read
 

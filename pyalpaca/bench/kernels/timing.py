@@ -19,11 +19,16 @@ _LONG = 0.1  # seconds of a call to which the caches matter so little that it is
 
 @dataclass(frozen=True)
 class Budget:
-    """seconds: of each contestant in one row. rounds: at least so many. slow: a call longer than this is made but once."""
+    """seconds: of each contestant in one row. rounds: at least so many.
+
+    slow: a call longer than this is timed but once, after the one for its memory; and by that one itself if it took longer than
+    `longest`.
+    """
 
     seconds: float = 0.25
     rounds: int = 3
     slow: float = 0.4
+    longest: float = 4.0
 
 
 @dataclass
@@ -76,7 +81,7 @@ def take_turns(calls: Mapping[str, Call], device: Device, budget: Budget) -> dic
 
 
 def _first(call: Call, samples: Samples, device: Device, budget: Budget) -> bool:
-    """The call before the rounds; whether it was so slow that it is all that is measured."""
+    """The call before the rounds; whether it was so slow that there are to be none."""
 
     def watched() -> None:
         before, start = _faults(), time.perf_counter()
@@ -86,11 +91,13 @@ def _first(call: Call, samples: Samples, device: Device, budget: Budget) -> bool
         samples.faults.append(_faults() - before)
 
     samples.peak = device.peak(watched)
-    if samples.seconds > budget.slow:
-        return True
-    samples.warm.clear()
-    samples.faults.clear()
-    return False
+    seconds = samples.seconds
+    if seconds <= budget.longest:  # it was given fresh memory alone: no time to go by
+        samples.warm.clear()
+        samples.faults.clear()
+    if budget.slow < seconds <= budget.longest:
+        watched()
+    return seconds > budget.slow
 
 
 def _round(call: Call, samples: Samples, device: Device) -> None:

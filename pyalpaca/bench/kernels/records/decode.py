@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyalpaca.bench.kernels.operator import Case, Operator, Peer, Work, compiled, plain
+from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work, compiled, plain
 from pyalpaca.bench.kernels.records.attention import heads_first, transformers_attention
 from pyalpaca.ops import cached_attention, reference, store_cache
 
@@ -63,6 +63,19 @@ def _sdpa(q_BH1d: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BH1d, k_BKTd, v_BKTd, enable_gqa=grouped).transpose(1, 2)
 
 
+def _torch_npu() -> Function:
+    import torch_npu
+
+    def attention(q_BH1d: Tensor, k_BKTd: Tensor, v_BKTd: Tensor) -> Any:
+        heads: dict[str, Any] = {"num_heads": q_BH1d.shape[1], "num_key_value_heads": k_BKTd.shape[1]}
+        out_BH1d, _ = torch_npu.npu_fused_infer_attention_score(
+            q_BH1d, k_BKTd, v_BKTd, **heads, scale=q_BH1d.shape[-1] ** -0.5, input_layout="BNSD"
+        )
+        return out_BH1d.transpose(1, 2)
+
+    return attention
+
+
 CACHED_ATTENTION = Operator(
     "cached_attention",
     axes="batch x heads x kv heads x head_dim x positions in the cache",
@@ -77,9 +90,9 @@ CACHED_ATTENTION = Operator(
         compiled(_plain),
         Peer("sdpa", lambda: _sdpa, _widened),
         Peer("transformers", transformers_attention, _widened, needs=("transformers",)),
+        Peer("torch_npu", _torch_npu, _widened, needs=("torch_npu",), devices=("npu",), dtypes=("bfloat16", "float16")),
     ),
     dtypes=("float32", "bfloat16", "float16", "int8"),
     directions=("fwd",),
     on_request=frozenset({"llama13b/2048"}),
-    devices=("cpu",),
 )
