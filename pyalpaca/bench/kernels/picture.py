@@ -36,7 +36,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.annotate(
             f"{key.removesuffix('_bytes')} {limits[key] / 1e9:.0f} GB/s",
             (left * 1.15, left * 1.15 * limits[key]),
-            xytext=(0, 24 if limits[key] == max(limits["copy_bytes"], limits["read_bytes"]) else -14),
+            xytext=(0, 62 if limits[key] == max(limits["copy_bytes"], limits["read_bytes"]) else -14),
             textcoords="offset points",
             fontsize=8,
         )
