@@ -53,8 +53,8 @@ SEVERAL = {
 FLAG = re.compile(r"(?:CrossCore)?(?:Set|Wait)Flag(?:<[^;()]*>)?\([^;]*;|(?<!if \()\bPipeBarrier<[^;]*;")
 BUFFER = re.compile(r"(InitBuffer\(\w+, )([^;]*)\);")
 SUBSCRIPT = re.compile(r"(?<=[\w)])\[([^\[\]]*)\]")
-# Arrays of flags and tensors: what stands in their brackets is no offset.
-NUMBERED = re.compile(r"(\w*filled|computed|\w*emptied|read|row|in|out|wide|stride)_?|\w*lanes")
+# Arrays of flags, tensors and tiles: what stands in their brackets is no offset.
+NUMBERED = re.compile(r"(\w*filled|computed|\w*emptied|read|row|in|out|wide|stride|tiles)_?|\w*lanes")
 TAILS = [  # what takes a rest into account, and what does not
     (re.compile(r"tile\.width - column < (\w+) \? tile\.width - column : \w+"), r"\1"),
     (re.compile(r"\w+\.end - row < tile_rows_ \? [^:]* : tile_rows_"), "tile_rows_"),
@@ -74,7 +74,10 @@ TAILS = [  # what takes a rest into account, and what does not
 ]
 
 FLASH_TAILS = [
-    (re.compile(r"rest < shape_\.kv_tile \? rest : "), ""),
+    (re.compile(r"rest < shape_\.kv_tile \? static_cast<int32_t>\(rest\) : "), ""),
+    (re.compile(r"if \(keys <= 0\) return;"), ";"),
+    (re.compile(r"if \(part == 0 && walk\.first\(\)\) [^;]*;"), ";"),
+    (re.compile(r"tiles_\[member\]\.keys <= key"), "false"),
     (re.compile(r"rest < rows \? rest : "), ""),
     (re.compile(r"rows - row < most \? rows - row : "), ""),
     (re.compile(r"all - part \* side_ < side_ \? [^:]*: "), ""),
@@ -85,8 +88,8 @@ FLASH_TAILS = [
     (re.compile(r"first < 0 \? 0 : first"), "0"),
     (re.compile(r"if \(!walk\.first\(\)\) SetAtomicAdd<float>\(\);"), ";"),
     (re.compile(r"in_turn \? more : 0"), "0"),
-    (re.compile(r"tile_\.keys - key_ < shape_\.stack \? [^:]*: "), ""),
-    (re.compile(r"q_len - row < shape_\.q_tile \? [^:]*: "), ""),
+    (re.compile(r"rest < shape_\.stack \? [^:]*: "), ""),
+    (re.compile(r"left < shape_\.q_tile \? .*: "), ""),
     (re.compile(r"columns - column < (\w+) \? columns - column : \w+"), r"\1"),
     (re.compile(r"\((\w+) \+ [\w.]+ - 1\) / "), r"\1 / "),
     (re.compile(r"fill_rest\((?!const)[^;]*;"), ";"),
@@ -149,9 +152,7 @@ def mutants_of(file: str) -> list[Mutant]:
     for match in SUBSCRIPT.finditer(text):
         before = re.search(r"(\w+)\W*$", text[: match.start()])
         declared = re.fullmatch(r"\d", match[1]) is not None
-        if declared or (
-            before and re.fullmatch(r"(\w*filled|computed|\w*emptied|read|row|in|out|wide|stride)_?|\w*lanes", before[1])
-        ):
+        if declared or (before and NUMBERED.fullmatch(before[1])):
             continue  # a declaration, or the number of a flag
         add("offset", *match.span(), f"[{match[1]} + 8]")
     for pattern, new in FLASH_TAILS if file in FLASH_FILES else TAILS:

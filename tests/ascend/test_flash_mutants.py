@@ -22,6 +22,8 @@ FORWARDS = [
     ((100, 150), (2, 2), 16, True, -70, Cut(), 20),
     ((33, 200), (1, 1), 128, True, 160, Cut(), 23),
     ((128, 150), (1, 1), 16, True, 40, Cut(cores=1, q_tile=128, kv_tile=64, chunk=4096), 7),
+    ((130, 250), (2, 1), 64, True, 90, Cut(stack=128, chunk=2048, share=2), 5),
+    ((95, 600), (1, 1), 32, False, 0, Cut(stack=512, chunk=4096, share=2), 1),
     ((90, 30), (1, 1), 48, False, 0, Cut(cores=1, q_tile=16), 7),
 ]
 

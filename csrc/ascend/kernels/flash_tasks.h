@@ -2,9 +2,10 @@
 //
 // Tiles that follow each other make a group: it takes each stack once for all its tiles, so that the keys and values
 // which one has loaded serve the others. Groups are dealt to the AI cores heaviest first, to and fro, so that all have
-// the same to do though a causal tile sees the more keys the later it is. The stacks of all tiles of a core are one
-// sequence: the cube core and its two vector cores walk through it, each at its own pace, and nothing stands still
-// between two groups.
+// the same to do though a causal tile sees the more keys the later it is; each core begins with another round of the
+// deal, so that they do not all read keys for the first time at once, nor all have short tiles at once. The stacks of
+// all tiles of a core are one sequence: the cube core and its two vector cores walk through it, each at its own pace,
+// and nothing stands still between two groups.
 #pragma once
 
 #include "flash_cube.h"
@@ -83,13 +84,14 @@ class FlashWalk {
 
   // To the next group, whether it sees keys or not.
   __aicore__ inline bool next_group() {
-    const int64_t total = levels_ * splits_ * shape_.batch * shape_.heads;
-    while (true) {
-      const int64_t place = round_ % 2 == 0 ? core_ : cores_ - 1 - core_, at = round_ * cores_ + place;
-      if (round_ * cores_ >= total) return false;
+    const int64_t total = levels_ * splits_ * shape_.batch * shape_.heads, rounds = (total + cores_ - 1) / cores_;
+    while (round_ < rounds) {
+      const int64_t round = (round_ + core_ * rounds / cores_) % rounds;
+      const int64_t place = round % 2 == 0 ? core_ : cores_ - 1 - core_, at = round * cores_ + place;
       ++round_;
       if (at < total && take(at)) return true;
     }
+    return false;
   }
 
   __aicore__ inline bool valid() const { return valid_; }
