@@ -59,7 +59,9 @@ def static_memory(job: Job, stage: int) -> tuple[int, int, int, int]:
         # DeepSpeed accumulates in the weights' type and makes fp32 of it for the step.
         return weights * job.width, own * (job.width + (FP32 if job.width < FP32 else 0)), own * state, bucket
     shared = sum(numbers_to_update(p, job) for p in learning)
-    return all_numbers * job.width, learned * FP32, shared * state, 0
+    # A gradient that nothing is added to stays as it is.
+    summed = job.micro_batches > 1 or job.replicas > 1
+    return all_numbers * job.width, learned * (FP32 if summed else job.width), shared * state, 0
 
 
 def messages(job: Job, stage: int) -> int:

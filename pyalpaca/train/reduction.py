@@ -66,7 +66,7 @@ def collect(
 
     Sums are fp32, over passes and over the group: of the whole tensors, or with buckets of several chunks of `rank`'s rows.
     A bucket sets out as soon as its last gradient is there; all ranks send them in the same order. Without a group there are
-    no buckets: the first gradient itself becomes the sum.
+    no buckets: the first gradient itself becomes the sum, and stays as narrow as the leaf if it is that of the only pass.
     """
     sums: dict[str, Tensor] = {}
 
@@ -75,7 +75,7 @@ def collect(
         if path in sums:
             sums[path] += leaf.grad
         else:
-            sums[path] = leaf.grad.float()
+            sums[path] = leaf.grad if passes == 1 else leaf.grad.float()
         leaf.grad = None
 
     if group is None:

@@ -139,7 +139,9 @@ def gradients(
     seen: int = 0,
     starts: Starts | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients (fp32, by path, summed over the global batch) of scale x the token-mean loss; and that loss, unscaled.
+    """Gradients (by path, summed over the global batch) of scale x the token-mean loss; and that loss, unscaled.
+
+    They are fp32, but for those of a single micro-batch that nothing is added to, which are as the weights.
 
     With ZeRO-1 the gradients are of the rows that this rank updates.
     tokens, labels: this data-parallel rank's N micro-batches, (N, B, S); labels are shifted, -100 where no loss is taken.
@@ -181,6 +183,8 @@ def gradients(
         deferred,
     )
     grads = finish()
+    if mesh.tp_group:
+        grads |= {path: g.float() for path, g in grads.items() if setup.table[path].partial_grad}
     all_reduce_buckets([g for path, g in grads.items() if setup.table[path].partial_grad], mesh.tp_group)
     loss = torch.stack(losses).sum() / scale if losses else torch.zeros((), device=mesh.device)
     return grads, all_reduce(all_reduce(loss, mesh.replica_group), mesh.pp_group)

@@ -57,6 +57,14 @@ def test_the_loss_is_the_mean_over_tokens_whatever_the_micro_batches() -> None:
         torch.testing.assert_close(grads[path], together[path])
 
 
+def test_gradients_that_nothing_is_added_to_stay_as_narrow_as_the_weights_and_sums_are_wide() -> None:
+    state, setup = begin(replace(CONFIG, dtype="bf16"))
+    tokens, labels = data()
+    summed, _ = gradients(state.params, tokens, labels, 1.0, setup)
+    alone, _ = gradients(state.params, tokens[:1], labels[:1], 1.0, setup)
+    assert {g.dtype for g in summed.values()} == {torch.float32} and {g.dtype for g in alone.values()} == {torch.bfloat16}
+
+
 def test_a_batch_without_a_label_is_zero_not_nan() -> None:
     state, setup = begin(CONFIG)
     tokens, labels = data()
