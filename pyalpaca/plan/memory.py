@@ -14,7 +14,9 @@ from pyalpaca.plan.job import Job, local_shape
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device. activations: kept from forward to backward passes, of all micro-batches that are under way; work: what
-    the backward pass holds beside them at its worst moment; buffers: gradients and messages on their way."""
+    the backward pass holds beside them at its worst moment; buffers: gradients and messages on their way.
+
+    Of a single micro-batch the gradients take the place of the activations one by one, and both are as at the worst moment."""
 
     weights: int
     gradients: int
@@ -59,9 +61,12 @@ def static_memory(job: Job, stage: int) -> tuple[int, int, int, int]:
         # DeepSpeed accumulates in the weights' type and makes fp32 of it for the step.
         return weights * job.width, own * (job.width + (FP32 if job.width < FP32 else 0)), own * state, bucket
     shared = sum(numbers_to_update(p, job) for p in learning)
-    # A gradient that nothing is added to stays as it is.
-    summed = job.micro_batches > 1 or job.replicas > 1
-    return all_numbers * job.width, learned * (FP32 if summed else job.width), shared * state, 0
+    return all_numbers * job.width, learned * (FP32 if summed(job) else job.width), shared * state, 0
+
+
+def summed(job: Job) -> bool:
+    """Whether gradients are added to sums that last for the whole step; else each stays as the backward pass has made it."""
+    return job.micro_batches > 1 or job.replicas > 1
 
 
 def messages(job: Job, stage: int) -> int:
@@ -89,9 +94,29 @@ def memory(job: Job, stage: int, held: float) -> Memory:
         buffers += 2 * numbers(job.block_table, job) * job.width  # one block's weights, gathered while the one before is in use
     # Of the head only one micro-batch is under way: its backward pass follows at once, and weights it leaves none to be put off.
     work, kept_of_all = max(0, max(moments) - activations), round(sum(kept) * held) + head
+    if not summed(job):
+        gradients, kept_of_all, work = _one_by_one(job, stage, kept, moments, kept_of_all, gradients)
     # What ZeRO-1 leaves a rank of the sums comes when the activations have gone.
     buffers += max(0, _received(job, stage) - kept_of_all - work)
     return Memory(weights, gradients, optimizer, kept_of_all, work, buffers)
+
+
+def _one_by_one(
+    job: Job, stage: int, kept: list[int], moments: list[int], kept_of_all: int, gradients: int
+) -> tuple[int, int, int]:
+    """(gradients, activations, work) at the worst moment of a backward pass whose gradients come as the activations go.
+
+    kept, moments: see `memory`. Before a block's turn the gradients of those after it are there, after it its own as well.
+    """
+    of_block = numbers([p for p in job.block_table if job.learns(p)], job) * job.width
+    of_ends = [p for p in job.held(stage) if p.layer is None and p.path != "embed" and job.learns(p)]
+    there, blocks = numbers(of_ends, job) * job.width, len(kept) - 1
+    found = [(there + (blocks - n - 1) * of_block, moments[n]) for n in range(blocks)]
+    found += [(there + (blocks - n) * of_block, sum(kept[: n + 1])) for n in range(blocks)]
+    found += [(0, moment) for moment in moments[blocks:]] + [(gradients, kept[0])]
+    early, other = max(found, key=sum)
+    activations = min(kept_of_all, other)
+    return early, activations, other - activations
 
 
 def _received(job: Job, stage: int) -> int:

@@ -34,6 +34,11 @@ CASES = [
 CASES += [
     pytest.param(MANY_WORDS, config, id=f"many words {name}") for name, config in {"fp32": FULL, "q, v": NARROW_LORA}.items()
 ]
+CASES += [
+    pytest.param(model, replace(FULL, global_batch_size=2, recompute=how, **more), id=f"one micro-batch, {name} {how}")
+    for name, model, more in (("fp32", WIDE, {}), ("bf16", WIDE, {"dtype": "bf16"}), ("many words", MANY_WORDS, {}))
+    for how in ("none", "full")
+]
 CASES.append(pytest.param(replace(WIDE, tie_embeddings=True), FULL, id="tied"))
 
 
