@@ -22,7 +22,7 @@ FILES = {
 FLASH_FILES = {
     "flash_tasks.h": ("flash_forward",),
     "flash_cube.h": ("flash_forward",),
-    "flash_softmax.h": ("flash_forward",),
+    "flash_softmax.h": ("flash_forward", "flash_backward", "flash_rows"),
     "flash_forward_cube.h": ("flash_forward",),
     "flash_forward_vector.h": ("flash_forward",),
     "flash_backward_tasks.h": ("flash_backward", "flash_rows"),

@@ -90,6 +90,12 @@ def test_no_keys_at_all(library: ctypes.CDLL) -> None:
     assert not out.any() and torch.isneginf(lse).all()
 
 
+@pytest.mark.parametrize("groups", range(1, 17))
+def test_stacks_of_any_number_of_groups(library: ctypes.CDLL, groups: int) -> None:
+    cut = Cut(stack=64 * groups, chunk=1024 if groups < 3 else 8192, share=1 + groups % 2)
+    check(library, (45, 64 * groups + 30), (1, 1), 16, HALVES[groups % 2], False, cut=cut, seed=SEEDS[groups % 15])
+
+
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_order_of_the_pipes(library: ctypes.CDLL, seed: int, share: int) -> None:

@@ -23,6 +23,8 @@ FORWARDS = [
     ((33, 200), (1, 1), 128, True, 160, Cut(), 23),
     ((128, 150), (1, 1), 16, True, 40, Cut(cores=1, q_tile=128, kv_tile=64, chunk=4096), 7),
     ((130, 250), (2, 1), 64, True, 90, Cut(stack=128, chunk=2048, share=2), 5),
+    ((45, 380), (1, 1), 16, False, 0, Cut(stack=192, chunk=2048), 5),
+    ((40, 500), (1, 1), 16, False, 0, Cut(stack=384, chunk=4096, share=2), 7),
     ((95, 600), (1, 1), 32, False, 0, Cut(stack=512, chunk=4096, share=2), 1),
     ((90, 30), (1, 1), 48, False, 0, Cut(cores=1, q_tile=16), 7),
 ]
@@ -43,6 +45,9 @@ BACKWARDS = [
     ((65, 150), (2, 2), 16, True, -40, GradientCut(side=16, q_block=32, kv_block=64), 20),
     ((130, 33), (1, 1), 128, True, 160, GradientCut(side=32, q_block=32), 23),
     ((128, 70), (1, 1), 16, True, 40, GradientCut(cores=1, side=64, q_block=128, kv_block=128, chunk=4096), 7),
+    ((40, 330), (1, 1), 16, False, 0, GradientCut(cores=1), 5),  # one step for each of many keys
+    ((40, 330), (1, 1), 16, False, 0, GradientCut(cores=1), 22),
+    ((300, 330), (1, 1), 128, True, 30, GradientCut(cores=1, side=64, q_block=128, kv_block=64, chunk=4096), 7),  # all full
 ]
 
 
@@ -70,8 +75,9 @@ def test_the_kernels_themselves_pass_what_is_to_find_mutants() -> None:
 
 
 @pytest.mark.long
-def test_spoilt_kernels_are_found_out() -> None:
-    files = [file for file, kernels in FLASH_FILES.items() if "flash_backward" not in kernels]
+@pytest.mark.parametrize("backward", [False, True], ids=["forward and decode", "backward"])
+def test_spoilt_kernels_are_found_out(backward: bool) -> None:
+    files = [file for file, kernels in FLASH_FILES.items() if (kernels[0] == "flash_backward") == backward]
     mutants = [mutant for file in files for mutant in mutants_of(file)]
     sound = [Mutant("none", file, 0, 0, "", 1) for file in files]  # not spoilt: nothing may be found
     library = kernel_library(write_sources([*mutants, *sound]))
