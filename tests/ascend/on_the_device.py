@@ -1,10 +1,12 @@
 """The operators on torch's device npu, held to plain torch in float64: `python tests/ascend/on_the_device.py`, no argument.
 
+PYALPACA_BACKEND=reference in the environment runs them in plain torch on the same device.
 Runs on a machine with an NPU as it does on the simulated one. The last line says what was compared.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 import torch_npu  # noqa: F401  (torch's device npu)
 from ops_cases import TOLERANCE, assert_near, random
 
-from pyalpaca.ops import backend, flash_attention, npu, reference, rms_norm, rope
+from pyalpaca.ops import backend, flash_attention, npu, reference, rms_norm, rope, swiglu
 
 
 def with_gradients(function: object, *inputs: Tensor) -> list[Tensor]:
@@ -52,6 +54,13 @@ def check_rope(dtype: torch.dtype) -> None:
         compare("rope", dtype, found, expected)
 
 
+def check_swiglu(dtype: torch.dtype) -> None:
+    for shape in ((2, 9, 256), (3, 520), (0, 64), (5, 11008)):
+        gate, up = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+        found = with_gradients(swiglu, gate.to("npu"), up.to("npu"))
+        compare("swiglu", dtype, found, with_gradients(reference.swiglu, gate.double(), up.double()))
+
+
 def check_flash_attention(dtype: torch.dtype) -> None:
     for queries, keys, heads, kv_heads, head_dim, causal in (
         (33, 33, 4, 2, 64, True),
@@ -72,16 +81,22 @@ def check_flash_attention(dtype: torch.dtype) -> None:
             compare("flash_attention", dtype, with_gradients(call, *on_npu), with_gradients(lambda *x, f=oracle: f(*x)[0], *wide))
 
 
-CHECKS = {"rms_norm": check_rms_norm, "rope": check_rope, "flash_attention": check_flash_attention}
+CHECKS = {"rms_norm": check_rms_norm, "rope": check_rope, "swiglu": check_swiglu, "flash_attention": check_flash_attention}
 
 
 def main() -> int:
-    with backend("npu"):
-        for name, check in CHECKS.items():
-            dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if name != "flash_attention" else ()))
+    name = os.environ.get("PYALPACA_BACKEND", "npu")
+    if name not in ("npu", "reference"):
+        raise ValueError(
+            f"PYALPACA_BACKEND is {name!r}, expected npu or reference: the others know nothing of torch's device npu"
+        )
+    with backend(name):
+        for operator, check in CHECKS.items():
+            dtypes = (torch.float16, torch.bfloat16, *((torch.float32,) if operator != "flash_attention" else ()))
             for dtype in dtypes:
                 check(dtype)
-            print(f"{name:<18}{npu.description(name, torch.empty(1, 1, 1, 64, dtype=torch.float16, device='npu'))}")
+            example = torch.empty(1, 1, 1, 64, dtype=torch.float16, device="npu")
+            print(f"{operator:<18}{npu.description(operator, example) if name == 'npu' else 'plain torch'}")
     print(f"{', '.join(CHECKS)} with their gradients: as the oracle")
     return 0
 
