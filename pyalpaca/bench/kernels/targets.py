@@ -76,7 +76,10 @@ TARGETS = (
     Target(_FLASH, "share", 0.65, dtypes=("float32",), directions=("bwd",), shapes=("llama7b/512",)),
     Target(_FLASH, "vs", 1.3, peer="sdpa", mean=True, dtypes=("float32",), directions=("bwd",), shapes=_FLASH_SHAPES),
     Target(_FLASH, "float32", 1 / 1.15, dtypes=HALVES, shapes=_FLASH_SHAPES),
-    Target(_FLASH, "vs", 7.0, peer="sdpa", mean=True, dtypes=HALVES, directions=("bwd",), shapes=_FLASH_SHAPES),
+    *(
+        Target(_FLASH, "vs", 7.0, peer="sdpa", mean=True, dtypes=(dtype,), directions=("bwd",), shapes=_FLASH_SHAPES)
+        for dtype in HALVES
+    ),
     Target(("linear",), "share", 0.85, dtypes=HALVES, shapes=_ONE_TOKEN),
     Target(("linear",), "vs", 20.0, peer="plain", mean=True, dtypes=("bfloat16",), shapes=_ONE_TOKEN),
     Target(("linear",), "share", 0.85, dtypes=HALVES, shapes=("llama7b/512",)),
@@ -88,7 +91,10 @@ TARGETS = (
     Target(("cached_attention",), "share", 0.80, shapes=_CACHES),
     Target(("cached_attention",), "vs", 3.0, peer="sdpa", mean=True, shapes=_CACHES),
     Target(_HEAD, "share", 0.85, shapes=("alpaca7b/512", "width1024/4096")),
-    Target(_HEAD, "vs", 1.15, peer="plain", mean=True, shapes=("alpaca7b/512", "width1024/4096")),
+    *(
+        Target(_HEAD, "vs", 1.15, peer="plain", mean=True, dtypes=(dtype,), shapes=("alpaca7b/512", "width1024/4096"))
+        for dtype in ("float32", *HALVES)
+    ),
     Target(_HEAD, "workspace", 10.0, peer="plain", shapes=("width1024/4096",)),
     Target(("adamw_",), "share", 0.85, shapes=_ADAMW),
     Target(("adamw_",), "vs", 1.5, peer="fused", mean=True, shapes=_ADAMW),
