@@ -98,7 +98,8 @@ def check_threads() -> int:
     return subprocess.run([*prefix, str(program)], env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}, check=False).returncode
 
 
-KERNELS = ("rms_norm", "rope", "swiglu", "adamw", "flash_attention", "flash_attention_backward", "lora_merge")
+KERNELS = ("rms_norm", "rope", "swiglu", "adamw", "flash_attention", "flash_attention_backward", "decode_attention")
+KERNELS += ("store_cache", "linear", "lora_merge")
 
 
 def main() -> int:

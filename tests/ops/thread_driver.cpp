@@ -3,6 +3,7 @@
 // Built and run by `python tests/ops/sanitize.py thread`; it ends with 0 if no race was found and all results are
 // equal.
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -83,8 +84,9 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
   pool.run(std::move(calls));
 }
 
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
+float* scratch(int64_t floats, int slot) {
+  thread_local std::vector<float> slots[2];
+  std::vector<float>& memory = slots[slot];
   if (memory.size() < static_cast<size_t>(floats) + 16) memory.resize(static_cast<size_t>(floats) + 16);
   return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 / sizeof(float);
 }
@@ -105,16 +107,20 @@ Floats numbers(int64_t count, uint32_t seed) {
   return values;
 }
 
-// Results of `call` on one thread and on four; false if they differ.
-bool same(const char* name, int64_t size, const std::function<void(float*)>& call) {
+// Results of `call` on one thread and on four; false if they differ by more than `tolerance`.
+bool same(const char* name, int64_t size, const std::function<void(float*)>& call, float tolerance = 0.0f) {
   Floats found[2];
   for (int i = 0; i < 2; ++i) {
     threads = i == 0 ? 1 : 4;
     found[i].resize(static_cast<size_t>(size));
     call(found[i].data());
   }
-  const bool equal = std::memcmp(found[0].data(), found[1].data(), found[0].size() * sizeof(float)) == 0;
-  std::printf("%-26s %s\n", name, equal ? "ok" : "differs between one thread and four");
+  bool equal = std::memcmp(found[0].data(), found[1].data(), found[0].size() * sizeof(float)) == 0;
+  if (tolerance > 0.0f) {
+    equal = std::equal(found[0].begin(), found[0].end(), found[1].begin(),
+                       [&](float a, float b) { return std::abs(a - b) <= tolerance; });
+  }
+  std::printf("%-34s %s\n", name, equal ? "ok" : "differs between one thread and four");
   return equal;
 }
 
@@ -163,7 +169,7 @@ bool heads_are_the_same() {
   const auto forward = [&](float* out) {
     FlashAttention a{};
     a.shape = shape, a.q = strided(q.data()), a.k = strided(k.data()), a.v = strided(v.data());
-    a.out = out, a.lse = out + size;
+    a.out = out, a.lse = out + size, a.lse_head = tokens;
     baseline::flash_attention(a);
   };
   ok &= same("flash_attention", size + scores, forward);
@@ -172,10 +178,94 @@ bool heads_are_the_same() {
   ok &= same("flash_attention_backward", 3 * size, [&](float* out) {
     FlashAttentionBackward a{};
     a.shape = shape, a.q = strided(q.data()), a.k = strided(k.data()), a.v = strided(v.data());
-    a.out = strided(result.data()), a.dout = strided(dout.data()), a.lse = result.data() + size;
+    a.out = strided(result.data()), a.dout = strided(dout.data()), a.lse = result.data() + size, a.lse_head = tokens;
     a.dq = out, a.dk = out + size, a.dv = out + 2 * size;
     baseline::flash_attention_backward(a);
   });
+  return ok;
+}
+
+bool sequences_are_the_same() {
+  const int64_t starts[] = {0, 120, 121, 121, 200, 300}, order[] = {0, 4, 3, 1, 2}, tokens = 300;
+  const int64_t heads = 4, kv_heads = 2, head_dim = 32, size = tokens * heads * head_dim, kv_size = size / 2;
+  const Floats q = numbers(size, 1), k = numbers(kv_size, 2), v = numbers(kv_size, 3), dout = numbers(size, 4);
+  const auto strided = [&](const float* data, int64_t rows) { return Strided{data, 0, rows * head_dim, head_dim}; };
+  const AttentionShape shape = {5, 120, 120, heads, kv_heads, head_dim, true, 0, 0.2f};
+  const auto forward = [&](float* out) {
+    FlashAttention a{};
+    a.shape = shape, a.packed = {starts, starts, order};
+    a.q = strided(q.data(), heads), a.k = strided(k.data(), kv_heads), a.v = strided(v.data(), kv_heads);
+    a.out = out, a.lse = out + size, a.lse_head = tokens;
+    baseline::flash_attention(a);
+  };
+  bool ok = same("flash_attention, packed", size + heads * tokens, forward);
+  Floats result(static_cast<size_t>(size + heads * tokens));
+  forward(result.data());
+  ok &= same("flash_attention_backward, packed", size + 2 * kv_size, [&](float* out) {
+    FlashAttentionBackward a{};
+    a.shape = shape, a.packed = {starts, starts, order};
+    a.q = strided(q.data(), heads), a.k = strided(k.data(), kv_heads), a.v = strided(v.data(), kv_heads);
+    a.out = strided(result.data(), heads), a.dout = strided(dout.data(), heads);
+    a.lse = result.data() + size, a.lse_head = tokens;
+    a.dq = out, a.dk = out + size, a.dv = out + size + kv_size;
+    baseline::flash_attention_backward(a);
+  });
+  return ok;
+}
+
+bool caches_are_the_same() {
+  const int64_t batch = 2, tokens = 2048, heads = 8, kv_heads = 2, head_dim = 64, row = kv_heads * head_dim;
+  const int64_t size = batch * tokens * row, scales = batch * tokens * kv_heads;
+  const Floats x = numbers(size, 1), q = numbers(batch * heads * head_dim, 2);
+  bool ok = true;
+  for (const CacheDtype dtype : {CacheDtype::kFloat, CacheDtype::kInt8}) {
+    const bool int8 = dtype == CacheDtype::kInt8;
+    const auto fill = [&](float* out) {
+      StoreCache a{};
+      a.cache_dtype = dtype, a.x = {x.data(), tokens * row, row, head_dim},
+      a.cache = {out, tokens * row, row, head_dim};
+      if (int8) a.scales = {out + size, tokens * kv_heads, kv_heads, 1};
+      a.batch = batch, a.tokens = tokens, a.heads = kv_heads, a.head_dim = head_dim;
+      baseline::store_cache(a);
+    };
+    ok &= same(int8 ? "store_cache, int8" : "store_cache", size + scales, fill);
+    Floats cache(static_cast<size_t>(size + scales));
+    fill(cache.data());
+    const auto decode = [&](float* out) {
+      FlashAttention a{};
+      // A cache that is long enough to be cut among threads.
+      a.cache_dtype = dtype, a.shape = {batch, 1, tokens, heads, kv_heads, head_dim, true, tokens - 1, 0.125f};
+      a.q = {q.data(), heads * head_dim, heads * head_dim, head_dim};
+      a.k = a.v = {cache.data(), tokens * row, row, head_dim};
+      if (int8) a.k_scales = a.v_scales = {cache.data() + size, tokens * kv_heads, kv_heads, 1};
+      a.out = out, a.lse = out + batch * heads * head_dim, a.lse_head = 1;
+      baseline::flash_attention(a);
+    };
+    // More threads cut the keys into more parts, which are summed in another order.
+    const char* name = int8 ? "decode_attention, int8" : "decode_attention";
+    ok &= same(name, batch * heads * (head_dim + 1), decode, 1e-5f);
+  }
+  return ok;
+}
+
+bool products_are_the_same() {
+  const int64_t columns = 300, depth = 512, most = 500;
+  const Floats x = numbers(most * depth, 1), weight = numbers(columns * depth, 2), scale = numbers(columns, 3);
+  bool ok = true;
+  for (const int64_t rows : {int64_t{1}, int64_t{5}, most}) {
+    for (const Storage storage : {Storage::kFloat, Storage::kInt8}) {
+      const char* name = storage == Storage::kInt8 ? "linear, int8" : "linear";
+      ok &= same(name, rows * columns, [&](float* out) {
+        Floats panels(static_cast<size_t>(panel_floats(rows, depth)) + 16);
+        Linear a{};
+        a.a = {Storage::kFloat, x.data(), depth};
+        a.b = {storage, weight.data(), depth};
+        if (storage == Storage::kInt8) a.b.scales = scale.data(), a.b.group = depth, a.b.groups = 1;
+        a.out = out, a.rows = rows, a.columns = columns, a.depth = depth, a.panels = panels.data();
+        baseline::linear(a);
+      });
+    }
+  }
   return ok;
 }
 
@@ -208,4 +298,8 @@ bool lists_are_the_same() {
 
 }  // namespace
 
-int main() { return rows_are_the_same() & heads_are_the_same() & lists_are_the_same() ? 0 : 1; }
+int main() {
+  const bool ok = rows_are_the_same() & heads_are_the_same() & sequences_are_the_same() & caches_are_the_same() &
+                  products_are_the_same() & lists_are_the_same();
+  return ok ? 0 : 1;
+}
