@@ -28,11 +28,11 @@ Step = Callable[[Tensor, Tensor], float]
 """tokens, labels (B, S) -> the loss of one step, AdamW and clipping included."""
 
 
-def _weights(scale: Scale) -> dict[str, Tensor]:
-    """The first weights of every contestant, by transformers' names."""
+def _weights(scale: Scale, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The first weights of every contestant, by transformers' names; in the type that trains: a step takes more memory than that."""
     config = model_config(scale)
     whole = flatten(init(parameters(config), seed=7))
-    return {p.name: whole[p.path] for p in parameters(config)}
+    return {p.name: whole.pop(p.path).to(dtype) for p in parameters(config)}
 
 
 def ours(scale: Scale, who: Contestant) -> tuple[Step, int, int]:
@@ -56,7 +56,7 @@ def ours(scale: Scale, who: Contestant) -> tuple[Step, int, int]:
     reuse_memory()  # as the train command does
     mesh = init_mesh(who.tp, who.pp)
     setup = plan(model_config(scale), config, mesh)
-    state = start(config, setup, memory_reader(model_config(scale), _weights(scale)))
+    state = start(config, setup, memory_reader(model_config(scale), _weights(scale, _DTYPES[who.dtype])))
 
     def step(tokens: Tensor, labels: Tensor) -> float:
         nonlocal state
@@ -73,8 +73,8 @@ def peer(scale: Scale, who: Contestant) -> tuple[Step, int, int]:
 
     settings: dict[str, Any] = config_to_hf(model_config(scale), "float32") | {"attn_implementation": "sdpa", "use_cache": False}
     model: Any = LlamaForCausalLM(HFConfig(**settings))
-    model.load_state_dict(_weights(scale))
-    model.to(_DTYPES[who.dtype]).train()
+    model.to(_DTYPES[who.dtype]).load_state_dict(_weights(scale, _DTYPES[who.dtype]))
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=_DECAY, fused=True)
     called = torch.compile(model) if who.compiled else model
 
