@@ -29,7 +29,7 @@ Step = Callable[[Tensor, Tensor], float]
 
 
 def _weights(scale: Scale, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The first weights of every contestant, by transformers' names; in the type that trains: a step takes more memory than that."""
+    """The first weights of every contestant, by transformers' names, in the type that trains: a step takes more than loading."""
     config = model_config(scale)
     whole = flatten(init(parameters(config), seed=7))
     return {p.name: whole.pop(p.path).to(dtype) for p in parameters(config)}
