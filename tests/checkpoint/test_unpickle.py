@@ -94,6 +94,9 @@ def test_types_of_torch_are_themselves() -> None:
 class Mode(Enum):
     fast = 1
 
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return type(self), (self.value,)  # Python 3.11.0 to 3.11.4 write an attribute instead, see below
+
 
 @pytest.mark.parametrize("protocol", [1, 2, 4, 5])
 def test_objects_of_a_training_program_are_inert(protocol: int, monkeypatch: pytest.MonkeyPatch) -> None:
