@@ -17,6 +17,11 @@
 #include "cpu/instruction_set.h"
 #undef PYALPACA_ISA
 #endif
+#ifdef PYALPACA_AVX512_BF16
+#define PYALPACA_ISA avx512_bf16
+#include "cpu/instruction_set.h"
+#undef PYALPACA_ISA
+#endif
 
 namespace pyalpaca::cpu {
 namespace {
@@ -44,23 +49,31 @@ struct InstructionSet {
   bool (*present)();
 };
 
+#ifdef PYALPACA_X86
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // From the best to the one that runs on any processor.
 constexpr InstructionSet kSets[] = {
+#ifdef PYALPACA_AVX512_BF16
+    {PYALPACA_KERNELS(avx512_bf16),
+     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"); }},
+#endif
 #ifdef PYALPACA_X86
-    {PYALPACA_KERNELS(avx512),
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
-    {PYALPACA_KERNELS(avx2),
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {PYALPACA_KERNELS(avx512), has_avx512},
+    {PYALPACA_KERNELS(avx2), has_avx2},
 #endif
     {PYALPACA_KERNELS(baseline), [] { return true; }},
 };
 
-// PYALPACA_CPU=baseline (or avx2, avx512) asks for the kernels of a lesser set, to test them on a processor that has
-// more.
+// PYALPACA_CPU=baseline (or avx2, avx512, avx512_bf16) asks for a lesser set's kernels, to test them on a processor
+// that has more.
 const Kernels& pick() {
   const char* asked = std::getenv("PYALPACA_CPU");
   std::string names;

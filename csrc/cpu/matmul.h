@@ -24,9 +24,8 @@ struct Product {
 };
 
 PYALPACA_INLINE bool in_pairs(const Product& p) {
-#ifdef __AVX512F__
-  static const bool present = __builtin_cpu_supports("avx512bf16");
-  return present && p.a.storage == Storage::kBFloat16 && p.b.storage == Storage::kBFloat16;
+#ifdef __AVX512BF16__
+  return p.a.storage == Storage::kBFloat16 && p.b.storage == Storage::kBFloat16;
 #else
   return p.rows < 0;
 #endif
@@ -116,9 +115,8 @@ __attribute__((noinline)) void tile(int64_t units, const float* a, const float* 
   micro_tile<Lies::kAlongRows, kRows>(units, a, kRows, b, kColumns, c, kBlockColumns, add ? kAdd : kSet);
 }
 
-#ifdef __AVX512F__
-__attribute__((noinline, target("avx512f,avx512bf16"))) void tile_of_pairs(int64_t units, const float* a,
-                                                                           const float* b, float* c, bool add) {
+#ifdef __AVX512BF16__
+__attribute__((noinline)) void tile_of_pairs(int64_t units, const float* a, const float* b, float* c, bool add) {
   __m512 sums[kRows][2];
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) {
@@ -143,7 +141,7 @@ __attribute__((noinline, target("avx512f,avx512bf16"))) void tile_of_pairs(int64
 #endif
 
 PYALPACA_INLINE void any_tile(bool pairs, int64_t units, const float* a, const float* b, float* c, bool add) {
-#ifdef __AVX512F__
+#ifdef __AVX512BF16__
   if (pairs) return tile_of_pairs(units, a, b, c, add);
 #endif
   (void)pairs;
