@@ -2,6 +2,7 @@
 #include "ascend/kernels/flash_backward.cpp"
 #include "ascend/kernels/flash_decode.cpp"
 #include "ascend/kernels/flash_forward.cpp"
+#include "ascend/kernels/flash_merge.cpp"
 #include "ascend/kernels/flash_rows.cpp"
 #include "ascend/kernels/rms_norm.cpp"
 #include "ascend/kernels/rms_norm_backward.cpp"

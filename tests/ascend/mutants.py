@@ -29,7 +29,8 @@ FLASH_FILES = {
     "flash_backward_cube.h": ("flash_backward", "flash_rows"),
     "flash_backward_vector.h": ("flash_backward", "flash_rows"),
     "flash_rows.cpp": ("flash_backward", "flash_rows"),
-    "flash_decode.cpp": ("flash_decode",),
+    "flash_decode.cpp": ("flash_decode", "flash_merge"),
+    "flash_merge.cpp": ("flash_decode", "flash_merge"),
 }
 _FLASH = ("flash_cube.h", "flash_tasks.h", "flash_softmax.h")
 # What a kernel's own file includes, in this order.
@@ -42,13 +43,13 @@ INCLUDED = {
     "flash_backward": (*_FLASH, "flash_backward_tasks.h", "flash_backward_cube.h", "flash_backward_vector.h"),
     "flash_rows": ("rows.h",),
     "flash_decode": (*_FLASH, "flash_forward_cube.h", "flash_forward_vector.h"),
+    "flash_merge": ("flash_softmax.h",),
 }
 # The kernels in such a file, where there are several.
 SEVERAL = {
     "swiglu": ("swiglu", "swiglu_backward"),
     "rms_norm_backward": ("rms_norm_backward", "rms_norm_dgamma"),
     "flash_rows": ("flash_delta", "flash_round"),
-    "flash_decode": ("flash_decode", "flash_merge"),
 }
 FLAG = re.compile(r"(?:CrossCore)?(?:Set|Wait)Flag(?:<[^;()]*>)?\([^;]*;|(?<!if \()\bPipeBarrier<[^;]*;")
 BUFFER = re.compile(r"(InitBuffer\(\w+, )([^;]*)\);")

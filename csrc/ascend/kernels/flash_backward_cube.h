@@ -249,7 +249,7 @@ class FlashBackwardCube {
   }
 
   template <typename Buffer>
-  __aicore__ inline LocalTensor<T> factor_place(const Buffer& buffer, int32_t size) const {
+  __aicore__ inline LocalTensor<T> factor_place(Buffer& buffer, int32_t size) {
     return buffer.template Get<T>()[factor_turn_ * size];
   }
 

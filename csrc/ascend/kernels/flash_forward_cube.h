@@ -141,7 +141,7 @@ class FlashForwardCube {
     return (walk.halves() + part / half_parts_) % 2;
   }
   // Of keys or values in L1, a part.
-  __aicore__ inline LocalTensor<T> part_in(const TBuf<TPosition::B1>& buffer, const FlashWalk& walk, int32_t part) {
+  __aicore__ inline LocalTensor<T> part_in(TBuf<TPosition::B1>& buffer, const FlashWalk& walk, int32_t part) {
     return buffer.Get<T>()[(half_place(walk, part) * half_parts_ + part % half_parts_) * kv_size_];
   }
 

@@ -91,7 +91,7 @@ class FlashForwardVector {
     kFactor,
     kNumbers
   };
-  __aicore__ inline LocalTensor<float> numbers(int32_t which) const {
+  __aicore__ inline LocalTensor<float> numbers(int32_t which) {
     return numbers_buffer_.Get<float>()[which * kMostRows];
   }
   __aicore__ inline int32_t first_row(const FlashTile& tile) const {
@@ -192,7 +192,7 @@ class FlashForwardVector {
   }
 
   // What the rows of a tile have so far; those of a group's tiles grow side by side.
-  __aicore__ inline LocalTensor<float> result_of(const FlashTile& tile) const {
+  __aicore__ inline LocalTensor<float> result_of(const FlashTile& tile) {
     return result_buffer_.Get<float>()[tile.number % shape_.share * first_rows(shape_.q_tile) * shape_.head_dim];
   }
 

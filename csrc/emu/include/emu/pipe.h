@@ -52,15 +52,15 @@ class TBuf {
  public:
   static constexpr bool is_queue = false;
   template <typename T>
-  LocalTensor<T> Get() const {
+  LocalTensor<T> Get() {
     return LocalTensor<T>(at_);
   }
   template <typename T>
-  LocalTensor<T> Get(uint32_t size, Where where = Where::here()) const {
+  LocalTensor<T> Get(uint32_t size, Where where = Where::here()) {
     return GetWithOffset<T>(size, 0, where);
   }
   template <typename T>
-  LocalTensor<T> GetWithOffset(uint32_t size, uint32_t offset, Where where = Where::here()) const {
+  LocalTensor<T> GetWithOffset(uint32_t size, uint32_t offset, Where where = Where::here()) {
     emu::Local at = emu::part(at_, offset);
     const uint64_t bytes = uint64_t{size} * sizeof(T);
     if (bytes > at.bytes) emu::fault_argument({"TBuf.Get", where}, "bytes", static_cast<int64_t>(bytes), 0, at.bytes);
