@@ -465,6 +465,14 @@ FAULT(a_single_row) {
     Mmad(c[256], x, y, MmadParams(mended ? 2 : 1, 16, 16, 0, false, true));
   });
 }
+FAULT(an_event_of_the_pipe) {  // which has taken the first three of M_MTE1, and set them
+  squared(a, b, true, true, [&](Product c, Factor x, Factor y) {
+    const event_t id = mended ? EVENT_ID3 : EVENT_ID0;
+    Mmad(c, x, y, MmadParams(16, 16, 16, 0, false, true));
+    SetFlag<HardEvent::M_MTE1>(id);
+    WaitFlag<HardEvent::M_MTE1>(id);
+  });
+}
 
 // Both kinds of core: the cube core's product, 10 of its 16 columns computed, is read by the vector cores.
 namespace {

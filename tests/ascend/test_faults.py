@@ -54,6 +54,7 @@ CASES = [(kernel, fault, AIV_ONLY, 1) for fault, kernels in ONE.items() for kern
     ("short_products_without_a_barrier", "race", AIC_ONLY, 1),
     ("product_between_its_places", "misaligned", AIC_ONLY, 1),
     ("a_single_row", "argument", AIC_ONLY, 1),
+    ("an_event_of_the_pipe", "argument", AIC_ONLY, 1),
     ("read_before_the_cube_core_wrote", "race|uninitialised", MIX_AIC_1_2, 1),
     ("columns_that_were_never_computed", "uninitialised", MIX_AIC_1_2, 1),
 ]

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emulation import ROOT
+from emulation import EMU, ROOT
 
 FILES = sorted((ROOT / "csrc/ascend/kernels").glob("*.cpp"))
 
@@ -39,3 +39,16 @@ def test_all_kernels_of_a_file_run_on_cores_of_one_kind(file: Path, tmp_path: Pa
     kinds = re.findall(r"KERNEL_TASK_TYPE_DEFAULT\((\w+)\)", text)
     assert len(kinds) == text.count("__global__")
     assert len(set(kinds)) == 1
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_parameters_are_made_by_constructors_of_whole_numbers(file: Path, tmp_path: Path) -> None:
+    # In braces a number that might not fit its field does not compile, and fields have other names from version to version.
+    text = preprocessed(file, tmp_path)
+    assert re.findall(r"\b(?:\w+Params|\w+ParamsV220|DataCopyPadExtParams<\w+>)(?:\s+\w+)?\s*\{", text) == []
+    assert re.findall(r"\.(?:blockCount|blockLen|(?:src|dst)\w*Stride|quantPre|unitFlag|cmatrix\w+)\b", text) == []
+
+
+def test_the_emulation_refuses_what_the_headers_refuse() -> None:
+    refused = Path(__file__).with_name("refused.cpp")
+    subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", f"-I{EMU}/include", str(refused)], check=True)

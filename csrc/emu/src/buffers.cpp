@@ -104,12 +104,14 @@ void forget_buffers() {
 
 void pipe_opened(Call call) {
   if (current->open_pipes++ > 0) fail(*current, call, PIPE_S, "queue", "a second TPipe on this core");
+  take_events_of_pipe(*current, true);
 }
 
 // Waits, as the destructor does, for buffers that are still being emptied.
 void pipe_closed(Call call) {
   Core& core = *current;
   --core.open_pipes;
+  take_events_of_pipe(core, false);
   if (std::uncaught_exceptions() > 0) return;
   for (const Block& block : core.blocks) {
     if (block.queue >= 0 && block.event >= 0) {
@@ -129,7 +131,7 @@ void pipe_closed(Call call) {
 
 void pipe_reset(Call call) {
   pipe_closed(call);
-  ++current->open_pipes;
+  pipe_opened(call);
 }
 
 int32_t new_queue(Call call, TPosition source, TPosition target, int depth, int64_t blocks, int64_t bytes) {

@@ -7,6 +7,7 @@ namespace emu {
 namespace {
 
 constexpr int kUserIds = 6;        // 6 and 7 are the system's
+constexpr int kPipeIds = 3;        // of M_MTE1, a cube core's TPipe takes the first, and sets them
 constexpr int kUserCrossIds = 11;  // 11 to 14 are SyncAll's
 
 std::string event_text(HardEvent event, int id) {
@@ -46,6 +47,11 @@ void check_cross(const Call& call, int mode, int64_t id) {
   if (id < 0 || id >= kUserCrossIds) fault_argument(call, "flag id", id, 0, kUserCrossIds - 1);
 }
 
+void check_event_id(const Core& core, const Call& call, HardEvent event, int32_t id, bool of_queue) {
+  const int first = event == HardEvent::M_MTE1 && !core.vector && core.open_pipes > 0 ? kPipeIds : 0;
+  if (!of_queue && (id < first || id >= kUserIds)) fault_argument(call, "event id", id, first, kUserIds - 1);
+}
+
 }  // namespace
 
 EventPipes pipes_of(HardEvent event) {
@@ -55,17 +61,23 @@ EventPipes pipes_of(HardEvent event) {
       {PIPE_MTE2, PIPE_S},    {PIPE_S, PIPE_MTE2},    {PIPE_S, PIPE_MTE3},    {PIPE_MTE3, PIPE_S},
       {PIPE_MTE2, PIPE_MTE1}, {PIPE_MTE1, PIPE_MTE2}, {PIPE_MTE1, PIPE_M},    {PIPE_M, PIPE_MTE1},
       {PIPE_M, PIPE_FIX},     {PIPE_FIX, PIPE_M},     {PIPE_FIX, PIPE_MTE2},  {PIPE_MTE2, PIPE_FIX},
-      {PIPE_FIX, PIPE_S},     {PIPE_S, PIPE_FIX},     {PIPE_MTE3, PIPE_MTE1}, {PIPE_MTE1, PIPE_MTE3},
-      {PIPE_M, PIPE_S},       {PIPE_S, PIPE_M},       {PIPE_MTE1, PIPE_S},    {PIPE_S, PIPE_MTE1},
-      {PIPE_FIX, PIPE_MTE3},  {PIPE_MTE3, PIPE_FIX}};
+      {PIPE_FIX, PIPE_S},     {PIPE_MTE3, PIPE_MTE1}, {PIPE_MTE1, PIPE_MTE3}, {PIPE_M, PIPE_S},
+      {PIPE_FIX, PIPE_MTE3}};
   static_assert(sizeof(table) / sizeof(table[0]) == size_t(HardEvent::MAX), "one pair of pipes for each event");
   return table[int(event)];
+}
+
+void take_events_of_pipe(Core& core, bool taken) {
+  if (core.vector) return;
+  uint8_t& ids = core.event_ids[int(HardEvent::M_MTE1)];
+  const uint8_t those = (1 << kPipeIds) - 1;
+  ids = taken ? ids | those : ids & ~those;
 }
 
 void set_flag(Call call, HardEvent event, int32_t id, bool of_queue) {
   Core& core = *current;
   const pipe_t pipe = pipes_of(event).source;
-  if (!of_queue && (id < 0 || id >= kUserIds)) fault_argument(call, "event id", id, 0, kUserIds - 1);
+  check_event_id(core, call, event, id, of_queue);
   Event& state = core.events[{int(event), id}];
   if (state.outstanding > 0)
     fail(core, call, pipe, "flag-set-twice", event_text(event, id) + " was set and not waited for");
@@ -87,7 +99,7 @@ void set_flag(Call call, HardEvent event, int32_t id, bool of_queue) {
 void wait_flag(Call call, HardEvent event, int32_t id, bool of_queue) {
   Core& core = *current;
   const pipe_t pipe = pipes_of(event).target;
-  if (!of_queue && (id < 0 || id >= kUserIds)) fault_argument(call, "event id", id, 0, kUserIds - 1);
+  check_event_id(core, call, event, id, of_queue);
   Event& state = core.events[{int(event), id}];
   if (state.outstanding == 0)
     fail(core, call, pipe, "flag-unpaired", event_text(event, id) + " is waited for and was not set");

@@ -200,6 +200,7 @@ std::shared_ptr<const Clock> scalar_clock(Core& core);
 void tick(Core& core, pipe_t pipe);
 void join(Core& core, pipe_t pipe, const Clock& other);
 void check_flags_at_exit(Core& core);
+void take_events_of_pipe(Core& core, bool taken);
 void check_buffers_at_exit(Core& core);
 void cross_arrive(Core& core, const Operation& operation, std::shared_ptr<const Clock> clock);
 

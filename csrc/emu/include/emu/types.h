@@ -120,7 +120,7 @@ enum KernelType {
 };
 enum CoreType { AIC = 1, AIV = 2 };
 
-// source pipe, destination pipe
+// Source pipe, destination pipe: those that the toolkit has, and no others.
 enum class HardEvent : uint8_t {
   MTE2_V,
   V_MTE2,
@@ -143,15 +143,10 @@ enum class HardEvent : uint8_t {
   FIX_MTE2,
   MTE2_FIX,
   FIX_S,
-  S_FIX,
   MTE3_MTE1,
   MTE1_MTE3,
   M_S,
-  S_M,
-  MTE1_S,
-  S_MTE1,
   FIX_MTE3,
-  MTE3_FIX,
   MAX
 };
 
