@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cpu/attention.h"
+#include "cpu/decode_tiles.h"
 #include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
 #include "cpu/kv_cache.h"
@@ -15,7 +16,6 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kBlock = 128;           // keys whose scores are held, and how far ahead memory is asked for
 constexpr int64_t kLeastPart = 256;       // keys that are worth a task
 constexpr int64_t kThreadBytes = 262144;  // of keys and values that are worth a thread
 
@@ -24,96 +24,6 @@ struct Partial {
   float top, total;
   float* out;  // head_dim, in memory up to a multiple of kLanes
 };
-
-PYALPACA_INLINE int64_t row_of(int64_t head_dim) { return round_up(head_dim, kLanes); }
-
-// Scores of `count` keys, in memory up to a multiple of kLanes, for `heads` query heads at once.
-template <int heads, class K>
-void add_scores(const float* q, const K* k, int64_t stride, int64_t count, int64_t head_dim, float* scores) {
-  const int64_t row = row_of(head_dim), whole = head_dim / kLanes * kLanes;
-  for (int64_t j = 0; j < count; j += kLanes) {
-    Vec dots[heads][kLanes] = {};
-    for (int64_t i = 0; i < min(kLanes, count - j); ++i) {
-      const K* key = k + (j + i) * stride;
-      const char* later = reinterpret_cast<const char*>(key + kBlock * stride);
-      for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(K)); byte += 64)
-        __builtin_prefetch(later + byte, 0, 2);
-      Vec sums[heads][2] = {};
-      int64_t c = 0;
-      for (; c + 2 * kLanes <= whole; c += 2 * kLanes) {
-        const Vec first = load(key + c), second = load(key + c + kLanes);
-        for (int h = 0; h < heads; ++h) {
-          sums[h][0] += first * load(q + h * row + c);
-          sums[h][1] += second * load(q + h * row + c + kLanes);
-        }
-      }
-      for (; c < head_dim; c += kLanes) {
-        const Vec last = load_first(key + c, head_dim - c);
-        for (int h = 0; h < heads; ++h) sums[h][0] += last * load(q + h * row + c);
-      }
-      for (int h = 0; h < heads; ++h) dots[h][i] = sums[h][0] + sums[h][1];
-    }
-    for (int h = 0; h < heads; ++h) store(scores + h * kBlock + j, sum_each(dots[h]));
-  }
-}
-
-// out += weights x values for `heads` query heads and `vecs` vectors of columns, of the last `width` columns.
-template <int heads, int vecs, class K>
-PYALPACA_INLINE void add_columns(const float* weights, const K* v, int64_t stride, int64_t count, int64_t width,
-                                 const float* factors, float* out, int64_t row) {
-  Vec sums[heads][vecs];
-  for (int h = 0; h < heads; ++h) {
-    for (int u = 0; u < vecs; ++u) sums[h][u] = load(out + h * row + u * kLanes) * factors[h];
-  }
-  for (int64_t j = 0; j < count; ++j, v += stride) {
-    Vec value[vecs];
-    for (int u = 0; u < vecs; ++u) {
-      __builtin_prefetch(v + kBlock * stride + u * kLanes, 0, 2);
-      value[u] = vecs == 1 ? load_first(v, width) : load(v + u * kLanes);
-    }
-    for (int h = 0; h < heads; ++h) {
-      const Vec weight = splat(weights[h * kBlock + j]);
-      for (int u = 0; u < vecs; ++u) sums[h][u] += weight * value[u];
-    }
-  }
-  for (int h = 0; h < heads; ++h) {
-    for (int u = 0; u < vecs; ++u) store(out + h * row + u * kLanes, sums[h][u]);
-  }
-}
-
-template <int heads, class K>
-void add_values(const float* weights, const K* v, int64_t stride, int64_t count, int64_t head_dim, const float* factors,
-                float* out) {
-  const int64_t row = row_of(head_dim);
-  int64_t c = 0;
-  if constexpr (heads <= 2) {  // the whole row at once, as it comes from memory
-    for (; c + 8 * kLanes <= head_dim; c += 8 * kLanes) {
-      add_columns<heads, 8>(weights, v + c, stride, count, kLanes, factors, out + c, row);
-    }
-  }
-  for (; c + 4 * kLanes <= head_dim; c += 4 * kLanes) {
-    add_columns<heads, 4>(weights, v + c, stride, count, kLanes, factors, out + c, row);
-  }
-  for (; c + 2 * kLanes <= head_dim; c += 2 * kLanes) {
-    add_columns<heads, 2>(weights, v + c, stride, count, kLanes, factors, out + c, row);
-  }
-  for (; c < head_dim; c += kLanes) {
-    add_columns<heads, 1>(weights, v + c, stride, count, head_dim - c, factors, out + c, row);
-  }
-}
-
-// Calls f(first, Constant<n>) for runs of n = 4, 2 or 1 of `heads`.
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-template <class F>
-PYALPACA_INLINE void by_heads(int64_t heads, const F& f) {
-  int64_t h = 0;
-  for (; h + 4 <= heads; h += 4) f(h, Constant<4>());
-  for (; h + 2 <= heads; h += 2) f(h, Constant<2>());
-  for (; h < heads; ++h) f(h, Constant<1>());
-}
 
 // Scores -> weights relative to the new largest score; the factor for what was summed relative to the old one.
 PYALPACA_INLINE float online_softmax(float* scores, int64_t count, Partial& p) {
@@ -133,20 +43,33 @@ PYALPACA_INLINE float online_softmax(float* scores, int64_t count, Partial& p) {
   return factor;
 }
 
+// The scores of a block times its keys' or values' factors, for `group` query heads.
+PYALPACA_INLINE void multiply_by(const Strided& scales, int64_t batch, int64_t first, int64_t head, int64_t count,
+                                 int64_t group, float* scores) {
+  if (scales.data == nullptr) return;
+  float factors[kBlock] = {};
+  for (int64_t j = 0; j < count; ++j) factors[j] = cache_scale(scales, batch, first + j, head);
+  for (int64_t g = 0; g < group; ++g, scores += kBlock) {
+    for (int64_t j = 0; j < count; j += kLanes) store(scores + j, load(scores + j) * load(factors + j));
+  }
+}
+
 // The keys [first, last) of one key head, for its query heads.
 template <class T, class K>
 void attend(const FlashAttention& a, int64_t batch, int64_t kv_head, int64_t first, int64_t last, Partial* partials) {
   const AttentionShape& s = a.shape;
   const int64_t group = s.heads / s.kv_heads, row = row_of(s.head_dim);
-  float* q = scratch(group * (row + kBlock + 1));
-  float* scores = q + group * row;
-  float* factors = scores + group * kBlock;
+  float* q = scratch(group * (row + max(row, kBlock) + 1));
+  float* const scores = q + group * row;
+  float* const factors = scores + group * kBlock;
   for (int64_t g = 0; g < group; ++g) {
     const T* from = at<T>(a.q, batch, 0, kv_head * group + g);
     for (int64_t c = 0; c < row; c += kLanes) {
-      store(q + g * row + c, load_first(from + c, s.head_dim - c) * (s.scale * kLog2E));
+      store(scores + c, load_first(from + c, s.head_dim - c) * (s.scale * kLog2E));
       store(partials[g].out + c, Vec{});
     }
+    order<K>(scores, q + g * row, s.head_dim);
+    for (int64_t c = s.head_dim; c < row; ++c) q[g * row + c] = 0.0f;
     partials[g].top = -kInfinity, partials[g].total = 0.0f;
   }
   for (int64_t block = first; block < last; block += kBlock) {
@@ -155,21 +78,15 @@ void attend(const FlashAttention& a, int64_t batch, int64_t kv_head, int64_t fir
     by_heads(group, [&](int64_t h, auto heads) {
       add_scores<decltype(heads)::value>(q + h * row, k, a.k.token, count, s.head_dim, scores + h * kBlock);
     });
-    for (int64_t g = 0; g < group; ++g) {
-      float* weights = scores + g * kBlock;
-      if (a.k_scales.data != nullptr) {
-        for (int64_t j = 0; j < count; ++j) weights[j] *= cache_scale(a.k_scales, batch, block + j, kv_head);
-      }
-      factors[g] = online_softmax(weights, count, partials[g]);
-      if (a.v_scales.data != nullptr) {
-        for (int64_t j = 0; j < count; ++j) weights[j] *= cache_scale(a.v_scales, batch, block + j, kv_head);
-      }
-    }
+    multiply_by(a.k_scales, batch, block, kv_head, count, group, scores);
+    for (int64_t g = 0; g < group; ++g) factors[g] = online_softmax(scores + g * kBlock, count, partials[g]);
+    multiply_by(a.v_scales, batch, block, kv_head, count, group, scores);
     by_heads(group, [&](int64_t h, auto heads) {
       add_values<decltype(heads)::value>(scores + h * kBlock, v, a.v.token, count, s.head_dim, factors + h,
                                          partials[h].out);
     });
   }
+  for (int64_t g = 0; g < group; ++g) restore_order<K>(partials[g].out, s.head_dim);
 }
 
 // Merges the parts of one query head, in their order, and stores the result.
