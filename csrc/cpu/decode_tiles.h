@@ -84,11 +84,13 @@ __attribute__((noinline)) void add_scores(const float* q, const K* k, int64_t st
     }
     float found[kLanes];
     store(found, sum_each(sums));
-    for (int h = 0; h < heads; ++h) std::memcpy(scores + h * kBlock + j, found + h * together, sizeof(float) * together);
+    for (int h = 0; h < heads; ++h)
+      std::memcpy(scores + h * kBlock + j, found + h * together, sizeof(float) * together);
   }
 }
 
-// out = out x factors + weights x values for `heads` query heads and `vecs` vectors of columns, the last one of `width`.
+// out = out x factors + weights x values for `heads` query heads and `vecs` vectors of columns, the last one of
+// `width`.
 template <int heads, int vecs, class K>
 PYALPACA_INLINE void add_columns(const float* weights, const K* v, int64_t stride, int64_t count, int64_t width,
                                  const float* factors, float* out, int64_t row) {

@@ -170,7 +170,7 @@ def test_the_kernels_for_lesser_processors_pass_the_same_tests(lesser: str, monk
     # In bf16 and fp16 (both names hold "float16"), whose conversions are what differs most between processors.
     monkeypatch.setenv("PYALPACA_CPU", lesser)
     here = Path(__file__).parent
-    names = ("rms_norm", "rope", "swiglu", "flash_attention", "linear", "linear_quantized", "adamw")
+    names = ("rms_norm", "rope", "swiglu", "flash_attention", "linear", "linear_quantized", "adamw", "cached_attention")
     files = [str(here / f"test_{name}.py") for name in names]
     chosen = "cpp and (oracle or products) and float16"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
