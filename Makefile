@@ -1,8 +1,8 @@
 # `make demo` and `make test` are all that a newcomer needs: both make .venv once and use it again.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := constraints.txt pyproject.toml setup.py setup_npu.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := constraints.txt pyproject.toml setup.py setup_npu.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.asc')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.asc')
 
 .PHONY: help setup demo test test-all lint format check-vectors check-ascend sanitize clean
 

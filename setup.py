@@ -224,11 +224,12 @@ class CMakeBuild(build_ext):
             toolkit = setup_npu.find_toolkit(asked)
             torch_npu = setup_npu.find_torch_npu(package_folders("torch_npu"), torch.version)
             torch_npu = setup_npu.check_torch_npu(torch_npu, torch.version)
-            source, build = ROOT / "csrc/ascend", build / f"npu-{torch.version}-{toolkit.soc}"
+            source, build = ROOT / "csrc/ascend", build / f"npu-{torch.version}-{toolkit.soc}-{toolkit.route}"
             forget_other_source(build, source)
             options = cmake_options(torch, compiler)
             built = setup_npu.compile_npu(source, build, toolkit, torch_npu, options, tool("cmake"))
-            info |= {"torch_npu": torch_npu.version, "soc": toolkit.soc, "toolkit": str(asked.resolve())}
+            info |= {"torch_npu": torch_npu.version, "soc": toolkit.soc}
+            info |= {"toolkit": str(asked.resolve()), "route": toolkit.route}
             self.install(built, setup_npu.BUILD_INFO, info)
         else:
             self.install([compile_extension(torch, compiler, build / f"torch-{torch.version}")], BUILD_INFO, info)

@@ -2,6 +2,9 @@
 
 ASCEND_HOME_PATH (or ASCEND_TOOLKIT_HOME), which the toolkit's set_env.sh sets, asks for it. From then on whatever is absent or
 does not compile ends the installation with one message: a package that lacks its kernels unnoticed is worse than none.
+
+PYALPACA_NPU_ROUTE says how the kernels are compiled: `ascendc` with the functions of ascendc.cmake, which is what happens
+unasked, `asc` with Ascend C as a language of CMake (the package ASC of newer toolkits).
 """
 
 from __future__ import annotations
@@ -16,12 +19,23 @@ from pathlib import Path
 
 KERNELS = "libpyalpaca_npu_kernels.so"
 BUILD_INFO = "_C_npu.build.json"
-# Where releases of the toolkit keep ascendc.cmake.
-CMAKE_FOLDERS = (
-    "tools/tikcpp/ascendc_kernel_cmake",
-    "compiler/tikcpp/ascendc_kernel_cmake",
-    "ascendc_devkit/tikcpp/samples/cmake",
-)
+ROUTE = "PYALPACA_NPU_ROUTE"
+# What each route needs of the toolkit, and where releases keep it.
+CMAKE_FILES = {"ascendc": "ascendc.cmake", "asc": "asc-config.cmake"}
+CMAKE_FOLDERS = {
+    "ascendc": (
+        "tools/tikcpp/ascendc_kernel_cmake",
+        "compiler/tikcpp/ascendc_kernel_cmake",
+        "ascendc_devkit/tikcpp/samples/cmake",
+    ),
+    "asc": (
+        "lib64/cmake",
+        "compiler/tikcpp/ascendc_kernel_cmake",
+        "tools/tikcpp/ascendc_kernel_cmake",
+        "tikcpp/ascendc_kernel_cmake",
+    ),
+}
+OLDEST_TOOLKIT = {"ascendc": "8.1 or newer", "asc": "9.0 or newer"}
 # `ascend910b` alone names the first generation, which the kernels do not run on.
 SOC = re.compile(r"ascend910b[1-4](c|-1)?|ascend910_93\w\w")
 SOCS = "ascend910b1, ascend910b2, ascend910b3, ascend910b4 or ascend910_93xx"
@@ -30,11 +44,12 @@ OTHERWISE = "or unset ASCEND_HOME_PATH to install without the kernels for NPUs"
 
 @dataclass(frozen=True)
 class Toolkit:
-    """CANN on this machine, and the processor to compile for."""
+    """CANN on this machine, the processor to compile for, and by which route."""
 
     folder: Path
     cmake: Path
     soc: str
+    route: str
 
 
 @dataclass(frozen=True)
@@ -51,17 +66,31 @@ def toolkit_asked() -> Path | None:
     return Path(named) if named else None
 
 
+def find_route() -> str:
+    """How the kernels are to be compiled, as the variable PYALPACA_NPU_ROUTE says; one message for what there is not."""
+    route = os.environ.get(ROUTE) or "ascendc"
+    if route not in CMAKE_FILES:
+        raise SystemExit(
+            f"pyalpaca: {ROUTE} is {route!r}, expected ascendc (the functions of ascendc.cmake) or asc (Ascend C as a language "
+            "of CMake); set it to one of them or unset it for ascendc"
+        )
+    return route
+
+
 def find_toolkit(folder: Path) -> Toolkit:
     """The toolkit in `folder` if kernels can be compiled with it; else one message."""
-    cmake = next((folder / place for place in CMAKE_FOLDERS if (folder / place / "ascendc.cmake").is_file()), None)
+    route = find_route()
+    name, places = CMAKE_FILES[route], CMAKE_FOLDERS[route]
+    cmake = next((folder / place for place in places if (folder / place / name).is_file()), None)
     if cmake is None:
+        instead = "" if route == "ascendc" else f"unset {ROUTE}, "
         raise SystemExit(
-            f"pyalpaca: no ascendc.cmake found in {folder} (looked in {', '.join(CMAKE_FOLDERS)}), expected CANN's toolkit 8.1 "
-            f"or newer; install it and source its set_env.sh, {OTHERWISE}"
+            f"pyalpaca: no {name} found in {folder} (looked in {', '.join(places)}), expected CANN's toolkit "
+            f"{OLDEST_TOOLKIT[route]}; install it and source its set_env.sh, {instead}{OTHERWISE}"
         )
     if shutil.which("make") is None:
         raise SystemExit(f"pyalpaca: make not found, needed to compile the kernels for NPUs; install it, {OTHERWISE}")
-    return Toolkit(folder, cmake, find_soc())
+    return Toolkit(folder, cmake, find_soc(), route)
 
 
 def find_soc() -> str:
@@ -138,16 +167,19 @@ def compile_npu(
     options = options | {
         "ASCEND_CANN_PACKAGE_PATH": str(toolkit.folder),
         "SOC_VERSION": toolkit.soc,
+        "PYALPACA_NPU_ROUTE": toolkit.route,
         "PYALPACA_ASCENDC_CMAKE": str(toolkit.cmake),
         "PYALPACA_TORCH_NPU": str(torch_npu.folder),
         "PYALPACA_TORCH_NPU_VERSION": torch_npu.version,
     }
     configure = [cmake, "-G", "Unix Makefiles", "-S", str(source), "-B", str(build), *(f"-D{k}={v}" for k, v in options.items())]
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = os.environ | {"ASCEND_HOME_PATH": str(toolkit.folder)}  # the package ASC reads this one only
     for command in (configure, [cmake, "--build", str(build), "--parallel", str(jobs)]):
-        if subprocess.run(command, check=False).returncode != 0:
+        if subprocess.run(command, env=environment, check=False).returncode != 0:
+            other = f"try {ROUTE}={'asc' if toolkit.route == 'ascendc' else 'ascendc'}, "
             raise SystemExit(
                 f"pyalpaca: compiling the kernels for {toolkit.soc} with {toolkit.folder} failed, see above; mend what it names, "
-                f"{OTHERWISE}"
+                f"{other}{OTHERWISE}"
             )
     return [next((build / "out").glob("_C_npu*.so")), build / "out" / KERNELS]

@@ -31,8 +31,8 @@ class Machine:
 def simulated_npu(folder: Path, soc: str = "ascend910b2") -> Machine:
     """Such a machine in `folder`; what has to be compiled for it is compiled."""
     toolkit, packages = folder / "cann", folder / "site-packages"
-    shutil.copytree(TOOLKIT / "tools", toolkit / "tools")
-    (toolkit / "lib64").mkdir()
+    for part in ("tools", "lib64", "bin"):
+        shutil.copytree(TOOLKIT / part, toolkit / part)
     shutil.copyfile(build_library([])._name, toolkit / "lib64/libascendcl.so")
     package = packages / "torch_npu"
     (package / "lib").mkdir(parents=True)

@@ -18,11 +18,13 @@ import setup
 import setup_npu
 
 ROOT = Path(__file__).resolve().parents[2]
+ROUTES = ("ascendc", "asc")
 
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(TOOLKIT / "tools", tmp_path / "cann/tools")
+    for part in ("tools", "lib64", "bin"):
+        shutil.copytree(TOOLKIT / part, tmp_path / "cann" / part)
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "cann"))
     monkeypatch.setenv("SOC_VERSION", "ascend910b2")
     return tmp_path / "cann"
@@ -66,17 +68,31 @@ def test_without_soc_version_the_machine_is_asked(toolkit: Path, monkeypatch: py
         setup_npu.find_soc()
 
 
-def test_a_folder_that_is_no_toolkit(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"no ascendc.cmake found in .* expected CANN's toolkit 8.1 or newer; .* unset ASCEND"):
+        setup_npu.find_toolkit(tmp_path)
+    monkeypatch.setenv("PYALPACA_NPU_ROUTE", "asc")
+    with pytest.raises(SystemExit, match=r"no asc-config.cmake found in .* 9.0 or newer; .* unset PYALPACA_NPU_ROUTE, or unset"):
         setup_npu.find_toolkit(tmp_path)
 
 
-@pytest.mark.parametrize("place", setup_npu.CMAKE_FOLDERS)
-def test_each_place_of_the_toolkit_s_cmake_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+@pytest.mark.parametrize(("route", "place"), [(route, place) for route in ROUTES for place in setup_npu.CMAKE_FOLDERS[route]])
+def test_each_place_of_the_toolkit_s_cmake_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str, place: str
+) -> None:
     monkeypatch.setenv("SOC_VERSION", "ascend910b2")
+    monkeypatch.setenv("PYALPACA_NPU_ROUTE", route)
     (tmp_path / place).mkdir(parents=True)
-    (tmp_path / place / "ascendc.cmake").touch()
+    (tmp_path / place / setup_npu.CMAKE_FILES[route]).touch()
     assert setup_npu.find_toolkit(tmp_path).cmake == tmp_path / place
+
+
+def test_routes_that_there_are(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYALPACA_NPU_ROUTE", raising=False)
+    assert setup_npu.find_toolkit(toolkit).route == "ascendc"
+    monkeypatch.setenv("PYALPACA_NPU_ROUTE", "bisheng")
+    with pytest.raises(SystemExit, match=r"^pyalpaca: PYALPACA_NPU_ROUTE is 'bisheng', expected ascendc .* or asc .*; set it to"):
+        setup_npu.find_toolkit(toolkit)
 
 
 def test_torch_npu_must_be_that_of_torch(tmp_path: Path) -> None:
@@ -121,7 +137,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 
 @pytest.mark.long
-def test_a_kernel_that_does_not_compile_fails_the_installation(machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_kernel_that_does_not_compile_fails_the_installation(machine: Machine, tmp_path: Path, route: str) -> None:
     source = tmp_path / "source"
     tracked = subprocess.check_output(
         ["git", "ls-files", "csrc", "pyalpaca", "setup*.py", "*.toml", "CMakeLists.txt", "README.md"], cwd=ROOT
@@ -141,19 +158,22 @@ def test_a_kernel_that_does_not_compile_fails_the_installation(machine: Machine,
         "--build-lib",
         str(tmp_path / "l"),
     ]
-    done = subprocess.run(command, cwd=source, env=machine.environment, capture_output=True, text=True, check=False)
+    environment = machine.environment | {"PYALPACA_NPU_ROUTE": route}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Multiply" in done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"pyalpaca: compiling the kernels for ascend910b2 with {machine.toolkit} failed, see above")
+    assert f"try PYALPACA_NPU_ROUTE={next(other for other in ROUTES if other != route)}, or unset ASCEND_HOME_PATH" in last
     assert not list((tmp_path / "l").rglob("*.so"))
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("route", ROUTES)
 def test_what_was_built_serves_the_operators_on_the_device(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
-    for name, value in machine.environment.items():
+    for name, value in (machine.environment | {"PYALPACA_NPU_ROUTE": route}).items():
         monkeypatch.setenv(name, value)
     torch, toolkit = setup.check_torch(setup.find_torch()), setup_npu.find_toolkit(machine.toolkit)
     torch_npu = setup_npu.check_torch_npu(setup_npu.find_torch_npu([machine.packages], torch.version), torch.version)

@@ -1,9 +1,9 @@
 // The launches that the toolkit generates for our kernels, as it declares them: blocks, stream, the kernel's arguments.
 #pragma once
 
-#include <acl/acl_base_rt.h>
-
 #include <cstdint>
+
+typedef void* aclrtStream;  // as acl_base_rt.h has it, which the toolkits of route B need not bring
 
 extern "C" {
 #define PYALPACA_DECLARE(type)                                                                                         \
