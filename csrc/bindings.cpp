@@ -8,6 +8,7 @@
 
 #include "cpu/bandwidth.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 #include "ops/memory.h"
 #include "ops/pool.h"
 
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
             {"torch", TORCH_VERSION}, {"compiler", PYALPACA_COMPILER}, {"capability", pyalpaca::cpu::kernels().name}};
       },
       "What the module was built with, and the instruction set whose kernels run here.");
+  m.def("last_level_cache", &pyalpaca::cpu::last_level_cache, "Bytes of the last cache of a processor.");
   m.def(
       "copy_memory",
       [](uintptr_t from, uintptr_t to, int64_t bytes) {

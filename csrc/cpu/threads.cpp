@@ -3,10 +3,13 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <string>
 
 namespace pyalpaca::cpu {
 
@@ -16,13 +19,34 @@ int64_t num_threads() {
   return threads;
 }
 
-int64_t last_level_cache() {
+namespace {
+
+// Linux's own word, of the largest cache that the first processor reaches: where a socket has several last caches, as
+// AMD's have, and in virtual machines above all, the C library may speak of all of them together.
+int64_t cache_of_first_processor() {
+  int64_t largest = 0;
+  for (int index = 0;; ++index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    int64_t size = 0;
+    char unit = 0;
+    if (!(file >> size >> unit)) return largest;
+    largest = std::max(largest, size << (unit == 'M' ? 20 : 10));
+  }
+}
+
+int64_t find_last_level_cache() {
+  int64_t found = cache_of_first_processor();
 #ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-  static const int64_t found = 0;
+  if (found == 0) found = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
   return found > 0 ? found : int64_t{1} << 25;
+}
+
+}  // namespace
+
+int64_t last_level_cache() {
+  static const int64_t found = find_last_level_cache();
+  return found;
 }
 
 // The function behind the stable interface was compiled with torch's own OpenMP: including at::parallel_for here would
