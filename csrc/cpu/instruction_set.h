@@ -17,5 +17,8 @@ void flash_attention_backward(const FlashAttentionBackward& a);
 void store_cache(const StoreCache& a);
 void lora_merge(const LoraMerge& a);
 void linear(const Linear& a);
+void product_sum(const ProductSum& a);
+void logit_sums(const LogitSums& a);
+void logit_gradient(const LogitGradient& a);
 
 }  // namespace pyalpaca::cpu::PYALPACA_ISA

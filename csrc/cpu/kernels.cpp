@@ -42,6 +42,9 @@ namespace {
       isa::store_cache,              \
       isa::lora_merge,               \
       isa::linear,                   \
+      isa::product_sum,              \
+      isa::logit_sums,               \
+      isa::logit_gradient,           \
   }
 
 struct InstructionSet {

@@ -162,6 +162,34 @@ struct Linear {
   float* panels;  // working memory, panel_floats(rows, depth)
 };
 
+// A product as above, or one of several whose sum goes to `out`, of a half type; all but the last leave the upper 16 bits
+// of the sum's fp32 numbers in `out` and the others in `lower`.
+struct ProductSum {
+  Linear product;
+  uint16_t* lower;  // (rows, columns)
+  bool last;
+};
+
+// Logits of tokens, those of the vocabulary from `start` on.
+struct LogitRows {
+  Dtype dtype;
+  void* logits;           // (rows, columns)
+  const int64_t* labels;  // (rows), of the whole vocabulary; one that has no column here counts for nothing
+  int64_t start, rows, columns;
+};
+
+// Of each row the largest logit, the sum of exp(logit - largest), and the label's logit or 0.
+struct LogitSums {
+  LogitRows rows;
+  float *top, *total, *target;  // (rows)
+};
+
+// Logits become share * (exp(logit - top) / total - [their column is the label]); 0 where the share is.
+struct LogitGradient {
+  LogitRows rows;
+  const float *top, *total, *share;  // (rows)
+};
+
 constexpr int64_t kBlockRows = 378;  // of a product: whole panels, which for so many fit the cache that all cores share
 
 // fp32 numbers that the panels of a product's first operand take: a panel has at most 14 rows.
@@ -234,6 +262,9 @@ struct Kernels {
   void (*store_cache)(const StoreCache&);
   void (*lora_merge)(const LoraMerge&);
   void (*linear)(const Linear&);
+  void (*product_sum)(const ProductSum&);
+  void (*logit_sums)(const LogitSums&);
+  void (*logit_gradient)(const LogitGradient&);
 };
 
 const Kernels& kernels();

@@ -131,6 +131,24 @@ def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
     torch.ops.pyalpaca.linear_dweight_add_.default(total, dy, x)
 
 
+def linear_dweight_split(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    total, lower = torch.ops.pyalpaca.linear_dweight_split.default(dy, x)
+    return total, lower
+
+
+def linear_dweight_add_split_(total: Tensor, lower: Tensor, dy: Tensor, x: Tensor, last: bool) -> None:
+    torch.ops.pyalpaca.linear_dweight_add_split_.default(total, lower, dy, x, last)
+
+
+def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
+    sums_3T: Tensor = torch.ops.pyalpaca.logit_sums.default(logits_TV, labels_T, start)
+    return sums_3T
+
+
+def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
+    torch.ops.pyalpaca.logit_gradient_.default(logits_TV, labels_T, start, sums_3T, share_T)
+
+
 def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     y: Tensor = torch.ops.pyalpaca.linear_quantized.default(x, weight, scale, group_of(x.shape[-1], scale.shape[1]))
     return y

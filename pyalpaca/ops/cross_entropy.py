@@ -2,6 +2,8 @@
 
 The gradients are made in the forward pass, while a chunk's logits are at hand: three products in all, as many as with the
 logits kept whole. Made in the backward pass they would take a fourth, the logits once more, which is a third of the time.
+A chunk's logits become their own gradient in place. The head's gradient is summed over the chunks in fp32; where it is of a
+half type its memory holds one half of that sum until the last chunk, so that only the other half is kept beside it.
 """
 
 from __future__ import annotations
@@ -14,15 +16,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from pyalpaca.ops.operators import linear, linear_dweight_add_, linear_dx
+from pyalpaca.ops.operators import (
+    linear,
+    linear_dweight,
+    linear_dweight_add_,
+    linear_dweight_add_split_,
+    linear_dweight_split,
+    linear_dx,
+    logit_gradient_,
+    logit_sums,
+)
 
-CHUNK = 378  # tokens: as many as a product on CPU works at together
-LEAST, MOST_BYTES = 64, 96 << 20  # for wide vocabularies fewer, so that a chunk's logits take no more
+BLOCK, MOST_BLOCKS = 378, 2  # tokens that a product on CPU works at together, and how many times that a chunk may have
+IGNORED = -100  # the label of a token without loss
+LEAST, MOST_BYTES = 64, 100 << 20  # for wide vocabularies fewer, so that a chunk's logits take no more
 
 
-def chunk_tokens(tokens: int, vocabulary: int) -> int:
-    """How many of so many tokens have their logits, fp32, at once; vocabulary: the rows of the head."""
-    return min(tokens, CHUNK, max(LEAST, MOST_BYTES // (4 * max(vocabulary, 1))))
+def chunk_tokens(tokens: int, vocabulary: int, element: int) -> int:
+    """How many of so many tokens have their logits at once; vocabulary: the rows of the head; element: bytes of a logit."""
+    most = max(LEAST, min(MOST_BYTES // (element * max(vocabulary, 1)), MOST_BLOCKS * BLOCK))
+    return tokens if tokens <= most else max(most // BLOCK * BLOCK, min(most, BLOCK))
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -60,37 +73,44 @@ def linear_cross_entropy(
             f"linear_cross_entropy: labels have shape {tuple(labels.shape)}, expected that of x but its last dimension, "
             f"{tuple(x.shape[:-1])}"
         )
-    if shards is WHOLE and labels.device.type == "cpu" and labels.numel():
-        known = ((labels >= 0) & (labels < weight_VD.shape[0])) | (labels == -100)
-        if not known.all():
-            raise ValueError(
-                f"linear_cross_entropy: found the label {int(labels[~known][0])}, expected 0 to {weight_VD.shape[0] - 1}, or -100"
-            )
+    if shards is WHOLE and labels.device.type == "cpu":
+        _check_labels(labels, weight_VD.shape[0])
     if not torch.is_grad_enabled():  # a Function is told only that its inputs ask for a gradient
         x, weight_VD = x.detach(), weight_VD.detach()
     loss: Tensor = _Loss.apply(x.reshape(-1, x.shape[-1]), weight_VD, labels.reshape(-1), scale, shards)
     return loss
 
 
+def _check_labels(labels: Tensor, vocabulary: int) -> None:
+    if labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocabulary):
+        return
+    known = ((labels >= 0) & (labels < vocabulary)) | (labels == IGNORED)
+    if not known.all():
+        raise ValueError(
+            f"linear_cross_entropy: found the label {int(labels[~known][0])}, expected 0 to {vocabulary - 1}, or {IGNORED}"
+        )
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale: float | Tensor, shards: Shards) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
-        dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[0] else None
-        # Summed over chunks in fp32, whatever the weight's dtype is.
-        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        step = chunk_tokens(len(x_TD), shards.rows or len(weight_VD))
-        for first in range(0, len(x_TD), max(step, 1)):
-            rows = slice(first, first + step)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        tokens = len(x_TD)
+        step = chunk_tokens(tokens, shards.rows or len(weight_VD), x_TD.element_size())
+        dx_TD = torch.empty_like(x_TD)
+        dweight = torch.zeros_like(weight_VD) if needs_weight and not tokens else None, None
+        for first in range(0, tokens, max(step, 1)):
+            rows, last = slice(first, first + step), first + step >= tokens
             x, labels = x_TD[rows], labels_T[rows]
-            losses, gradient = _chunk(x, weight_VD, labels, scale, shards, gradient=any(ctx.needs_input_grad))
+            losses, gradient = _chunk(x, weight_VD, labels, scale, shards, gradient=needs_x or needs_weight)
             total += losses.double().sum()
-            if dx_TD is not None:
+            if needs_x:
                 dx_TD[rows] = linear_dx(gradient, weight_VD)
-            if dweight_VD is not None:
-                linear_dweight_add_(dweight_VD, gradient, x)
+            if needs_weight:
+                dweight = _add_dweight(dweight, gradient.to(weight_VD.dtype), x.to(weight_VD.dtype), last)
             del gradient  # before the next one is made
-        ctx.found = dx_TD, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
+        ctx.found = dx_TD if needs_x else None, dweight[0]
         return (total * scale).float()
 
     @staticmethod
@@ -111,19 +131,30 @@ def _chunk(
     x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale: float | Tensor, shards: Shards, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The losses fp32 (T), and the gradient of scale x their sum by this rank's logits (T, V) in the dtype of x."""
-    logits_TV = linear(x_TD, weight_VD).float()
-    top_T1 = shards.maximum(logits_TV.amax(-1, keepdim=True))
-    counted_T = labels_T != -100
-    local_T = labels_T - shards.start
-    mine_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
-    index_T1 = local_T.where(mine_T, 0).unsqueeze(-1)
-    target_T = logits_TV.gather(-1, index_T1).squeeze(-1).where(mine_T, 0.0)
-    weights_TV = logits_TV.sub_(top_T1).exp_()
-    sums_T, target_T = shards.total(torch.stack((weights_TV.sum(-1), target_T)))
-    losses_T = (sums_T.log() + top_T1.squeeze(-1) - target_T).where(counted_T, 0.0)
-    if not gradient:
-        return losses_T, weights_TV
-    share_T = counted_T * scale
-    weights_TV.mul_((share_T / sums_T).unsqueeze(-1))
-    weights_TV.scatter_add_(-1, index_T1, -(share_T * mine_T).to(weights_TV.dtype).unsqueeze(-1))
-    return losses_T, weights_TV.to(x_TD.dtype)
+    logits_TV = linear(x_TD, weight_VD)
+    sums_3T = logit_sums(logits_TV, labels_T, shards.start)
+    if shards is not WHOLE:
+        here_T, total_T, target_T = sums_3T
+        top_T = shards.maximum(here_T.clone())
+        sums_3T = torch.cat((top_T[None], shards.total(torch.stack((total_T * (here_T - top_T).exp(), target_T)))))
+    top_T, total_T, target_T = sums_3T
+    counted_T = labels_T != IGNORED
+    losses_T = (total_T.log() + top_T - target_T).where(counted_T, 0.0)
+    if gradient:
+        logit_gradient_(logits_TV, labels_T, shards.start, sums_3T, (counted_T * scale).float())
+    return losses_T, logits_TV
+
+
+def _add_dweight(
+    held: tuple[Tensor | None, Tensor | None], dy_TV: Tensor, x_TD: Tensor, last: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of the head so far, and with another chunk: what is returned of it, and the lower halves of its numbers."""
+    total_VD, lower_VD = held
+    if total_VD is None:
+        narrow = x_TD.dtype in (torch.bfloat16, torch.float16)
+        return linear_dweight_split(dy_TV, x_TD) if narrow and not last else (linear_dweight(dy_TV, x_TD), None)
+    if lower_VD is None:
+        linear_dweight_add_(total_VD, dy_TV, x_TD)
+    else:
+        linear_dweight_add_split_(total_VD, lower_VD, dy_TV, x_TD, last)
+    return held

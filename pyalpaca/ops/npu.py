@@ -168,6 +168,22 @@ def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
     reference.linear_dweight_add_(total, dy, x)
 
 
+def linear_dweight_split(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.linear_dweight_split(dy, x)
+
+
+def linear_dweight_add_split_(total: Tensor, lower: Tensor, dy: Tensor, x: Tensor, last: bool) -> None:
+    reference.linear_dweight_add_split_(total, lower, dy, x, last)
+
+
+def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
+    return reference.logit_sums(logits_TV, labels_T, start)
+
+
+def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
+    reference.logit_gradient_(logits_TV, labels_T, start, sums_3T, share_T)
+
+
 def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return reference.linear_quantized(x, weight, scale)
 

@@ -144,6 +144,34 @@ def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
     choose("linear", dy).linear_dweight_add_(total, dy, x)
 
 
+def linear_dweight_split(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_dweight` of one chunk of tokens, to be added to, without a second fp32 copy: dy (T, N), x (T, K), both of a half
+    type -> the upper 16 bits of each fp32 sum in a tensor (N, K) of their dtype, which is no number yet, and the lower 16 bits."""
+    return choose("linear", dy).linear_dweight_split(dy, x)
+
+
+def linear_dweight_add_split_(total: Tensor, lower: Tensor, dy: Tensor, x: Tensor, last: bool) -> None:
+    """Add dy^T x of another chunk to what `linear_dweight_split` gave; with the last one `total` is the sum, rounded once."""
+    choose("linear", dy).linear_dweight_add_split_(total, lower, dy, x, last)
+
+
+def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
+    """Of each token the largest of its logits, the sum of exp(logit - largest), and its label's logit -> fp32 (3, T).
+
+    logits (T, V) are those of the vocabulary from `start` on; of a label int64 (T) elsewhere the logit counts as 0.
+    """
+    return choose("linear", logits_TV).logit_sums(logits_TV, labels_T, start)
+
+
+def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
+    """Logits become the gradient of their cross entropy times the token's share, fp32 (T), in place: share * (softmax - label).
+
+    sums are what `logit_sums` gives, over the whole vocabulary: softmax = exp(logit - sums[0]) / sums[1]. A token whose share
+    is 0 has no gradient, whatever its logits are.
+    """
+    choose("linear", logits_TV).logit_gradient_(logits_TV, labels_T, start, sums_3T, share_T)
+
+
 def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`linear` with a weight of integers and their scales, as `quantize` makes them; activations are not quantised.
 

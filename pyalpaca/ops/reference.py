@@ -139,6 +139,59 @@ def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
     total += linear_dweight(dy, x)
 
 
+def linear_dweight_split(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """dy^T x in fp32, its upper 16 bits in a tensor of the dtype of x, its lower ones in another of int16."""
+    total, lower = x.new_empty(dy.shape[1], x.shape[1]), x.new_empty(dy.shape[1], x.shape[1], dtype=torch.int16)
+    _split_into(_wide(dy).t() @ _wide(x), total, lower)
+    return total, lower
+
+
+def linear_dweight_add_split_(total: Tensor, lower: Tensor, dy: Tensor, x: Tensor, last: bool) -> None:
+    """total and lower += dy^T x; with the last one total becomes the sum, rounded."""
+    bits = total.view(torch.int16).int().bitwise_left_shift(16) | (lower.int() & 0xFFFF)
+    found = bits.view(torch.float32) + _wide(dy).t() @ _wide(x)
+    if last:
+        total.copy_(found)
+    else:
+        _split_into(found, total, lower)
+
+
+def _split_into(wide: Tensor, upper: Tensor, lower: Tensor) -> None:
+    bits = wide.view(torch.int32)
+    upper.view(torch.int16).copy_(bits.bitwise_right_shift(16))  # int32 -> int16 keeps the lower 16 bits
+    lower.copy_(bits)
+
+
+def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
+    """Of each row the largest, the sum of exp(logit - largest), and the label's logit, 0 where it is not among these."""
+    wide_TV = _wide(logits_TV)
+    if not wide_TV.shape[1]:
+        return torch.stack([wide_TV.new_full(labels_T.shape, value) for value in (-math.inf, 0.0, 0.0)])
+    top_T1 = wide_TV.amax(-1, keepdim=True)
+    weights_TV = (wide_TV - top_T1.where(top_T1 != -math.inf, 0.0)).exp_()
+    index_T1, mine_T = _columns(labels_T, start, wide_TV.shape[1])
+    target_T = wide_TV.gather(-1, index_T1).squeeze(-1).where(mine_T, 0.0)
+    return torch.stack((top_T1.squeeze(-1), weights_TV.sum(-1), target_T))
+
+
+def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
+    """The logits become share * (exp(logit - top) / total - [label]), 0 where the share is."""
+    if not logits_TV.shape[1]:
+        return
+    top_T, total_T, _ = sums_3T
+    gradient_TV = (_wide(logits_TV) - top_T.unsqueeze(-1)).exp_().mul_((share_T / total_T).unsqueeze(-1))
+    index_T1, mine_T = _columns(labels_T, start, logits_TV.shape[1])
+    gradient_TV.scatter_add_(-1, index_T1, -(share_T * mine_T).to(gradient_TV.dtype).unsqueeze(-1))
+    logits_TV.copy_(gradient_TV.where((share_T != 0).unsqueeze(-1), 0.0))
+
+
+def _columns(labels_T: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The labels as indices of so many columns from `start` on, (T, 1), and whether they are there; elsewhere the index is 0."""
+    local_T = labels_T - start
+    mine_T = (local_T >= 0) & (local_T < columns)
+    return local_T.where(mine_T, 0).unsqueeze(-1), mine_T
+
+
 def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """`linear` with the weight that integers and scales stand for."""
     wide = dequantize(weight, scale, x.shape[-1])

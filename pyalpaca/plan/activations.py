@@ -76,15 +76,15 @@ def head_work(job: Job) -> int:
     """The most that the head and the loss hold at once in the forward pass, beyond what they keep."""
     D, e, narrow = job.model.hidden_size, job.width, job.width < FP32
     vocabulary = local_shape(job.table[0], job)[0]
-    chunk = chunk_tokens(job.tokens, vocabulary)
+    chunk = chunk_tokens(job.tokens, vocabulary, e)
     normalised = job.gathered_tokens * D * e
     if job.gathered_tokens > job.tokens and job.micro_batch > 1:
         normalised += job.tokens * D * e  # without what fills the sequences up, they are laid side by side again
-    # A chunk's logits, in fp32 and in their own type, and then beside these a chunk of the input's gradient.
-    logits = chunk * max(vocabulary * (FP32 + e if narrow else FP32), (vocabulary + D) * e)
-    # The weight's gradient is summed up in fp32; its rounded copy is already counted.
-    chunks, rounding = _head_numbers(job) * (FP32 - e) + logits, _head_numbers(job) * FP32 if narrow else 0
-    return normalised + max(chunks, rounding)
+    # A chunk's logits, which become their gradient, and beside them a chunk of the input's gradient.
+    logits = chunk * (vocabulary + D) * e
+    # The weight's gradient, counted already, is summed up in fp32: over several chunks with as much beside it.
+    lower = _head_numbers(job) * (FP32 - e) if narrow and chunk < job.tokens else 0
+    return normalised + logits + lower
 
 
 def block_work(job: Job, how: str) -> int:

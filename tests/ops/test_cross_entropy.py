@@ -145,9 +145,10 @@ def test_a_leaf_takes_its_gradient_as_it_is_and_there_is_no_second_one() -> None
 
 
 def test_a_wide_vocabulary_has_fewer_logits_at_once() -> None:
-    assert [chunk_tokens(5000, v) for v in (1, 8192, 49954)] == [378] * 3 and chunk_tokens(100, 8192) == 100
-    assert 64 < chunk_tokens(5000, 152064) < 378 and chunk_tokens(5000, 152064) * 152064 * 4 <= 96 << 20
-    assert chunk_tokens(5000, 10_000_000) == 64 and chunk_tokens(0, 8192) == 0
+    assert [chunk_tokens(5000, v, 4) for v in (1, 8192, 49954)] == [756, 756, 378] and chunk_tokens(100, 8192, 4) == 100
+    assert chunk_tokens(512, 49954, 4) == 512 and chunk_tokens(5000, 49954, 2) == 756
+    assert 64 < chunk_tokens(5000, 152064, 4) < 378 and chunk_tokens(5000, 152064, 4) * 152064 * 4 <= 100 << 20
+    assert chunk_tokens(5000, 10_000_000, 4) == 64 and chunk_tokens(0, 8192, 4) == 0
 
 
 def test_memory_does_not_grow_with_the_tokens() -> None:
