@@ -8,7 +8,7 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;       // logits; a multiple of kStep
+constexpr int64_t kBlock = 2048;              // logits; a multiple of kStep
 constexpr int64_t kGrain = int64_t{1} << 15;  // logits that are worth a thread
 constexpr float kInfinity = __builtin_huge_valf();
 

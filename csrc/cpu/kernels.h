@@ -162,8 +162,8 @@ struct Linear {
   float* panels;  // working memory, panel_floats(rows, depth)
 };
 
-// A product as above, or one of several whose sum goes to `out`, of a half type; all but the last leave the upper 16 bits
-// of the sum's fp32 numbers in `out` and the others in `lower`.
+// A product as above, or one of several whose sum goes to `out`, of a half type; all but the last leave the upper 16
+// bits of the sum's fp32 numbers in `out` and the others in `lower`.
 struct ProductSum {
   Linear product;
   uint16_t* lower;  // (rows, columns)

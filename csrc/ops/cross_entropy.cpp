@@ -4,9 +4,9 @@
 // logit_sums(logits (T, V), labels int64 (T), start) -> fp32 (3, T): the largest logit, the sum of exp(logit - largest)
 // and the label's logit, 0 where it is not among the V from `start` on. logit_gradient_(logits, labels, start, sums,
 // share fp32 (T)): they become share (exp(logit - sums[0]) / sums[1] - [label]).
-// linear_dweight_split(dy (T, N), x (T, K), of a half type) -> total like x (N, K), lower int16 (N, K): the upper and lower
-// halves of dy^T x in fp32. linear_dweight_add_split_(total, lower, dy, x, last) adds another one; with the last one total
-// becomes the sum itself, rounded.
+// linear_dweight_split(dy (T, N), x (T, K), of a half type) -> total like x (N, K), lower int16 (N, K): the upper and
+// lower halves of dy^T x in fp32. linear_dweight_add_split_(total, lower, dy, x, last) adds another one; with the last
+// one total becomes the sum itself, rounded.
 #include "ops/common.h"
 #include "ops/product.h"
 
@@ -26,8 +26,12 @@ void check_contiguous(const char* name, const Tensor& x) {
 }
 
 cpu::LogitRows rows_of_logits(const Tensor& logits, const Tensor& labels, int64_t start) {
-  return {dtype_of(logits), const_cast<void*>(logits.const_data_ptr()), labels.const_data_ptr<int64_t>(), start,
-          logits.size(0),   logits.size(1)};
+  return {dtype_of(logits),
+          const_cast<void*>(logits.const_data_ptr()),
+          labels.const_data_ptr<int64_t>(),
+          start,
+          logits.size(0),
+          logits.size(1)};
 }
 
 Tensor sums_meta(const Tensor& logits, const Tensor& labels, int64_t) {
@@ -59,8 +63,8 @@ void gradient_cpu(Tensor& logits, const Tensor& labels, int64_t start, const Ten
   check_contiguous("logit_gradient_: logits", logits);
   const Tensor labels1 = labels.contiguous(), sums1 = sums.contiguous(), share1 = share.contiguous();
   const float* from = sums1.const_data_ptr<float>();
-  cpu::kernels().logit_gradient({rows_of_logits(logits, labels1, start), from, from + logits.size(0),
-                                 share1.const_data_ptr<float>()});
+  cpu::kernels().logit_gradient(
+      {rows_of_logits(logits, labels1, start), from, from + logits.size(0), share1.const_data_ptr<float>()});
 }
 
 void check_split(const std::string& name, const Tensor& dy, const Tensor& x) {
@@ -92,11 +96,11 @@ void add_product(const Tensor& total, const Tensor& lower, const Tensor& dy, con
   const Tensor dy_lines = last_contiguous(dy), x_lines = last_contiguous(x);
   const int64_t rows = dy.size(1), depth = x.size(0);
   const Tensor panels = reused_empty({cpu::panel_floats(rows, depth)}, x.options().dtype(at::kFloat));
-  cpu::kernels().product_sum({{transposed(matrix(dy_lines)), transposed(matrix(x_lines)), dtype_of(total),
-                               total.mutable_data_ptr(), !first, rows, x.size(1), depth,
-                               panels.mutable_data_ptr<float>()},
-                              static_cast<uint16_t*>(lower.mutable_data_ptr()),
-                              last});
+  cpu::kernels().product_sum(
+      {{transposed(matrix(dy_lines)), transposed(matrix(x_lines)), dtype_of(total), total.mutable_data_ptr(), !first,
+        rows, x.size(1), depth, panels.mutable_data_ptr<float>()},
+       static_cast<uint16_t*>(lower.mutable_data_ptr()),
+       last});
 }
 
 std::tuple<Tensor, Tensor> split_cpu(const Tensor& dy, const Tensor& x) {

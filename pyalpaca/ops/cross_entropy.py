@@ -91,6 +91,10 @@ def _check_labels(labels: Tensor, vocabulary: int) -> None:
         )
 
 
+Held = tuple[Tensor | None, Tensor | None]
+"""The gradient of the head so far: what is returned of it in the end, and of a half type the lower halves of its fp32 numbers."""
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale: float | Tensor, shards: Shards) -> Tensor:
@@ -99,7 +103,7 @@ class _Loss(torch.autograd.Function):
         tokens = len(x_TD)
         step = chunk_tokens(tokens, shards.rows or len(weight_VD), x_TD.element_size())
         dx_TD = torch.empty_like(x_TD)
-        dweight = torch.zeros_like(weight_VD) if needs_weight and not tokens else None, None
+        dweight: Held = (torch.zeros_like(weight_VD) if needs_weight and not tokens else None, None)
         for first in range(0, tokens, max(step, 1)):
             rows, last = slice(first, first + step), first + step >= tokens
             x, labels = x_TD[rows], labels_T[rows]
@@ -145,10 +149,8 @@ def _chunk(
     return losses_T, logits_TV
 
 
-def _add_dweight(
-    held: tuple[Tensor | None, Tensor | None], dy_TV: Tensor, x_TD: Tensor, last: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of the head so far, and with another chunk: what is returned of it, and the lower halves of its numbers."""
+def _add_dweight(held: Held, dy_TV: Tensor, x_TD: Tensor, last: bool) -> Held:
+    """With another chunk of tokens."""
     total_VD, lower_VD = held
     if total_VD is None:
         narrow = x_TD.dtype in (torch.bfloat16, torch.float16)

@@ -145,8 +145,11 @@ def linear_dweight_add_(total: Tensor, dy: Tensor, x: Tensor) -> None:
 
 
 def linear_dweight_split(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`linear_dweight` of one chunk of tokens, to be added to, without a second fp32 copy: dy (T, N), x (T, K), both of a half
-    type -> the upper 16 bits of each fp32 sum in a tensor (N, K) of their dtype, which is no number yet, and the lower 16 bits."""
+    """`linear_dweight` of the first of several chunks, summed in fp32 without an fp32 copy of the result.
+
+    dy (T, N) and x (T, K) of one half type -> (N, K) of that type, in whose memory lie the upper 16 bits of each fp32 sum, and
+    int16 (N, K), the lower 16 bits. No gradient.
+    """
     return choose("linear", dy).linear_dweight_split(dy, x)
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ops_cases import DTYPES, TOLERANCE, assert_near, backends_here, not_contiguous, random
 from torch import Tensor
 
-from pyalpaca.ops import Shards, backend, chunk_tokens, linear_cross_entropy
+from pyalpaca.ops import Shards, backend, chunk_tokens, linear_cross_entropy, reference
+from pyalpaca.ops.operators import linear_dweight_add_split_, linear_dweight_split, logit_gradient_, logit_sums
 
 BACKENDS = backends_here()
 
@@ -120,6 +121,55 @@ def test_parts_of_the_vocabulary_give_the_whole() -> None:
         assert_near(value, wanted, 4e-6)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 31, 70, 2048, 5003])
+def test_sums_and_gradient_of_logits_equal_the_oracle(name: str, dtype: torch.dtype, columns: int) -> None:
+    logits = 8 * random(6, columns, dtype=dtype)
+    logits[1, columns // 2], logits[2] = -torch.inf, -torch.inf
+    labels, share = torch.tensor([10, 9, 10 + columns, -100, 9 + columns, 10]), random(6)
+    share[3] = 0.0
+    wide = logits.double()
+    expected = reference.logit_sums(wide, labels, 10)
+    with backend(name):
+        sums = logit_sums(logits, labels, 10)
+        assert_near(sums, expected, 4e-6)
+        gradient = logits.clone()
+        logit_gradient_(gradient, labels, 10, sums, share)
+    probabilities = (wide - expected[0, :, None]).exp() / expected[1, :, None]
+    hot = torch.zeros_like(wide)
+    hot[0, 0] = hot[4, -1] = hot[5, 0] = 1.0
+    expected = (share.double()[:, None] * (probabilities - hot)).where((share != 0)[:, None], 0.0)
+    assert_near(gradient, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logit_that_is_not_finite_is_not_hidden_but_where_no_loss_is_taken(name: str, dtype: torch.dtype, value: float) -> None:
+    logits, labels = random(3, 3000, dtype=dtype), torch.tensor([5, -100, 7])
+    logits[:2, 2500] = value
+    with backend(name):
+        sums = logit_sums(logits, labels, 0)
+        logit_gradient_(logits, labels, 0, sums, (labels != -100).float())
+    assert sums[1, 0].isnan() and torch.isfinite(sums[:, 2]).all()
+    assert logits[0, 2500].isnan() and (logits[1] == 0).all() and torch.isfinite(logits[2]).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_in_two_halves_is_that_of_fp32(name: str, dtype: torch.dtype) -> None:
+    pairs = [(random(t, 131, dtype=dtype, seed=t), random(t, 37, dtype=dtype, seed=t + 1)) for t in (40, 7, 33)]
+    with backend(name):
+        total, lower = linear_dweight_split(*pairs[0])
+        linear_dweight_add_split_(total, lower, *pairs[1], last=False)
+        held = total.view(torch.int16).int().bitwise_left_shift(16) | (lower.int() & 0xFFFF)
+        linear_dweight_add_split_(total, lower, *pairs[2], last=True)
+    expected = [dy.double().T @ x.double() for dy, x in pairs]
+    assert_near(held.view(torch.float32), expected[0] + expected[1], 4e-6)
+    assert_near(total, sum(expected[1:], expected[0]), TOLERANCE[dtype] / 4)
+
+
 def test_the_same_values_in_every_run() -> None:
     inputs = random(500, 64), random(300, 64), labels_of(500, vocabulary=300)
     first, second = fused(*inputs, 1.0), fused(*inputs, 1.0)
@@ -172,7 +222,7 @@ print(run(8000) - before)
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, labels = random(7, 16).requires_grad_(), random(11, 16).requires_grad_(), labels_of(7, vocabulary=11)
     expected = linear_cross_entropy(x, weight, labels).detach()
-    for name in ("linear_dx", "linear_dweight_add_"):
+    for name in ("linear_dx", "linear_dweight", "logit_gradient_"):
         monkeypatch.setattr(f"pyalpaca.ops.cross_entropy.{name}", lambda *args: pytest.fail("a gradient was made"))
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(x, weight, labels), expected)

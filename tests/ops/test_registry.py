@@ -54,7 +54,7 @@ def adamw_lists(dtype: torch.dtype, copies: list[torch.Tensor]) -> tuple[Any, ..
 def samples() -> dict[str, list[tuple[Any, ...]]]:
     """Operator -> argument lists; an operator without any fails the test below."""
     half, bf16 = torch.float16, torch.bfloat16
-    cos = random(5, 4)
+    cos, lower = random(5, 4), torch.ones(5, 8, dtype=torch.int16)
     slots, caches = torch.tensor([[0, -1, 9], [3, 1, 2]]), [random(2, 5, 2, 16, dtype=half, seed=seed) for seed in range(2)]
     return {
         "rms_norm": [
@@ -111,6 +111,21 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "adamw_": [adamw_lists(half, []), adamw_lists(torch.float32, [random(3, 5, dtype=bf16), random(7, dtype=bf16)])],
         "grad_norm": [([random(3, 5), random(7, dtype=half)],)],
         "linear_dweight_add_": [(random(5, 8), random(4, 5, dtype=bf16), random(4, 8, dtype=bf16))],
+        "linear_dweight_split": [
+            (random(4, 5, dtype=bf16), random(4, 8, dtype=bf16)),
+            (random(5, 4, dtype=half).T, random(4, 9, dtype=half)),
+        ],
+        "linear_dweight_add_split_": [
+            (random(5, 8, dtype=bf16), lower, random(4, 5, dtype=bf16), random(4, 8, dtype=bf16), False),
+            (random(5, 8, dtype=half), lower, random(4, 5, dtype=half), random(4, 8, dtype=half), True),
+        ],
+        "logit_sums": [
+            (random(4, 70), torch.tensor([3, -100, 72, 0]), 3),
+            (random(70, 4, dtype=half).T, torch.tensor([3, -100, 69, 0]), 0),
+        ],
+        "logit_gradient_": [
+            (random(4, 70, dtype=bf16), torch.tensor([3, -100, 72, 0]), 3, random(3, 4).abs(), random(4)),
+        ],
         "linear_quantized": [
             (random(2, 3, 70).requires_grad_(), *pyalpaca.ops.quantize(random(5, 70), 4, 32), 32),
             (random(20, 70, dtype=bf16).requires_grad_(), *pyalpaca.ops.quantize(random(5, 70), 8), 96),
@@ -170,7 +185,8 @@ def test_the_kernels_for_lesser_processors_pass_the_same_tests(lesser: str, monk
     # In bf16 and fp16 (both names hold "float16"), whose conversions are what differs most between processors.
     monkeypatch.setenv("PYALPACA_CPU", lesser)
     here = Path(__file__).parent
-    names = ("rms_norm", "rope", "swiglu", "flash_attention", "linear", "linear_quantized", "adamw", "cached_attention")
+    names = ["rms_norm", "rope", "swiglu", "flash_attention", "cached_attention", "linear", "linear_quantized", "adamw"]
+    names.append("cross_entropy")
     files = [str(here / f"test_{name}.py") for name in names]
     chosen = "cpp and (oracle or products) and float16"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
