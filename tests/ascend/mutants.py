@@ -20,6 +20,7 @@ FILES = {
     "common.h": ("rms_norm", "rms_norm_backward", "rope"),
 }
 FLASH_FILES = {
+    "flash_places.h": ("flash_forward",),
     "flash_tasks.h": ("flash_forward",),
     "flash_cube.h": ("flash_forward",),
     "flash_softmax.h": ("flash_forward", "flash_backward", "flash_rows"),
@@ -32,18 +33,19 @@ FLASH_FILES = {
     "flash_decode.cpp": ("flash_decode", "flash_merge"),
     "flash_merge.cpp": ("flash_decode", "flash_merge"),
 }
-_FLASH = ("flash_cube.h", "flash_tasks.h", "flash_softmax.h")
+_FLASH = ("flash_places.h", "flash_cube.h", "flash_tasks.h", "flash_softmax.h")
+_FORWARD = (*_FLASH, "flash_forward_cube.h", "flash_forward_vector.h", "flash_forward_cores.h")
 # What a kernel's own file includes, in this order.
 INCLUDED = {
     "rms_norm": ("rows.h",),
     "rms_norm_backward": ("rows.h",),
     "rope": (),
     "swiglu": (),
-    "flash_forward": (*_FLASH, "flash_forward_cube.h", "flash_forward_vector.h"),
+    "flash_forward": _FORWARD,
     "flash_backward": (*_FLASH, "flash_backward_tasks.h", "flash_backward_cube.h", "flash_backward_vector.h"),
-    "flash_rows": ("rows.h",),
-    "flash_decode": (*_FLASH, "flash_forward_cube.h", "flash_forward_vector.h"),
-    "flash_merge": ("flash_softmax.h",),
+    "flash_rows": ("flash_places.h", "rows.h"),
+    "flash_decode": _FORWARD,
+    "flash_merge": ("flash_places.h", "flash_softmax.h"),
 }
 # The kernels in such a file, where there are several.
 SEVERAL = {
@@ -55,7 +57,7 @@ FLAG = re.compile(r"(?:CrossCore)?(?:Set|Wait)Flag(?:<[^;()]*>)?\([^;]*;|(?<!if 
 BUFFER = re.compile(r"(InitBuffer\(\w+, )([^;]*)\);")
 SUBSCRIPT = re.compile(r"(?<=[\w)])\[([^\[\]]*)\]")
 # Arrays of flags, tensors and tiles: what stands in their brackets is no offset.
-NUMBERED = re.compile(r"(\w*filled|computed|\w*emptied|read|row|in|out|wide|stride|tiles)_?|\w*lanes")
+NUMBERED = re.compile(r"(\w*filled|computed|emptied|row|in|out|wide|stride|tiles)_?|\w*lanes")
 TAILS = [  # what takes a rest into account, and what does not
     (re.compile(r"tile\.width - column < (\w+) \? tile\.width - column : \w+"), r"\1"),
     (re.compile(r"\w+\.end - row < tile_rows_ \? [^:]* : tile_rows_"), "tile_rows_"),

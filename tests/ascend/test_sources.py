@@ -49,6 +49,23 @@ def test_parameters_are_made_by_constructors_of_whole_numbers(file: Path, tmp_pa
     assert re.findall(r"\.(?:blockCount|blockLen|(?:src|dst)\w*Stride|quantPre|unitFlag|cmatrix\w+)\b", text) == []
 
 
+# What the device's compiler has not (asc-devkit: C++ support, restrictions), and its words that are types to it alone.
+REFUSED = [
+    r"\bstd\s*::",
+    r"\b(?:virtual|new|delete|malloc|throw|try|catch|typeid|dynamic_cast|goto|asm|double|thread_local)\b",
+    r"\bstatic\s+(?!constexpr|inline)",
+    r"\[[&=]?\]\s*\(",
+    r"\b(?:half|bfloat16_t)\b\s*(?:[=.;:?{]|<(?!=)|$)",
+    r"\d\.\d*(?:e[+-]?\d+)?(?![\def])",
+]
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_kernels_use_what_the_compiler_for_the_device_has(file: Path, tmp_path: Path) -> None:
+    text = preprocessed(file, tmp_path)
+    assert [match[0] for pattern in REFUSED for match in re.finditer(pattern, text, re.MULTILINE)] == []
+
+
 def test_the_emulation_refuses_what_the_headers_refuse() -> None:
     refused = Path(__file__).with_name("refused.cpp")
     subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", f"-I{EMU}/include", str(refused)], check=True)

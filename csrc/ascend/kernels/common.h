@@ -40,6 +40,13 @@ __aicore__ inline Range part_of_core(int64_t total) {
   return {begin, begin + each + (core < more ? 1 : 0)};
 }
 
+// Blocks of 32 bytes from the end of a row's last one to the start of the next row, `pitch` elements after the first.
+template <typename T>
+__aicore__ inline uint32_t blocks_between(int32_t width, int32_t pitch) {
+  const int32_t block = 32 / sizeof(T), rest = pitch - round_up(width, block);
+  return rest > 0 ? static_cast<uint32_t>(rest / block) : 0;
+}
+
 // Rows of `width` elements, in global memory `stride` apart, in unified memory `pitch` apart: a row and zeros after it.
 template <typename T>
 __aicore__ inline void load_rows(const LocalTensor<T>& to, const GlobalTensor<T>& from, int32_t rows, int32_t width,
@@ -50,10 +57,50 @@ __aicore__ inline void load_rows(const LocalTensor<T>& to, const GlobalTensor<T>
   DataCopyPad(to, from, shape, zeros);
 }
 
+// The same with any pitch; what lies between two rows there stays as it is, but for the rest of a row's last block.
 template <typename T>
-__aicore__ inline void store_rows(const GlobalTensor<T>& to, const LocalTensor<T>& from, int32_t rows, int32_t width) {
-  const DataCopyExtParams shape(static_cast<uint16_t>(rows), static_cast<uint32_t>(width * sizeof(T)), 0, 0, 0);
+__aicore__ inline void load_rows_apart(const LocalTensor<T>& to, const GlobalTensor<T>& from, int32_t rows,
+                                       int32_t width, int64_t stride, int32_t pitch) {
+  const DataCopyExtParams shape(static_cast<uint16_t>(rows), static_cast<uint32_t>(width * sizeof(T)),
+                                static_cast<uint32_t>((stride - width) * sizeof(T)), blocks_between<T>(width, pitch),
+                                0);
+  DataCopyPad(to, from, shape, DataCopyPadExtParams<T>(false, 0, 0, T(0)));
+}
+
+template <typename T>
+__aicore__ inline void store_rows_apart(const GlobalTensor<T>& to, const LocalTensor<T>& from, int32_t rows,
+                                        int32_t width, int64_t stride, int32_t pitch) {
+  const DataCopyExtParams shape(static_cast<uint16_t>(rows), static_cast<uint32_t>(width * sizeof(T)),
+                                blocks_between<T>(width, pitch), static_cast<uint32_t>((stride - width) * sizeof(T)),
+                                0);
   DataCopyPad(to, from, shape);
 }
+// Rows side by side in global memory, and in unified memory as near as their blocks allow.
+template <typename T>
+__aicore__ inline void store_rows(const GlobalTensor<T>& to, const LocalTensor<T>& from, int32_t rows, int32_t width) {
+  store_rows_apart(to, from, rows, width, width, width);
+}
+
+// The events of a tile in one of two places (or in one of one): filled, computed where it lies, emptied.
+struct TileEvents {
+  TEventID filled[2], computed[2], emptied[2];
+
+  __aicore__ inline void open(TPipe& pipe, int32_t places = 2) {
+    for (int32_t i = 0; i < places; ++i) {
+      filled[i] = pipe.AllocEventID<HardEvent::MTE2_V>();
+      computed[i] = pipe.AllocEventID<HardEvent::V_MTE3>();
+      emptied[i] = pipe.AllocEventID<HardEvent::MTE3_MTE2>();
+      SetFlag<HardEvent::MTE3_MTE2>(emptied[i]);
+    }
+  }
+  __aicore__ inline void close(TPipe& pipe, int32_t places = 2) {
+    for (int32_t i = 0; i < places; ++i) {
+      WaitFlag<HardEvent::MTE3_MTE2>(emptied[i]);
+      pipe.ReleaseEventID<HardEvent::MTE2_V>(filled[i]);
+      pipe.ReleaseEventID<HardEvent::V_MTE3>(computed[i]);
+      pipe.ReleaseEventID<HardEvent::MTE3_MTE2>(emptied[i]);
+    }
+  }
+};
 
 }  // namespace pyalpaca_npu

@@ -67,43 +67,18 @@ class FlashBackwardCube {
 
  private:
   __aicore__ inline void open() {
-    for (int32_t i = 0; i < 2; ++i) {
-      k_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
-      rows_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
-      pair_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
-      k_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
-      rows_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
-      pair_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
-      factors_filled_[i] = pipe_.AllocEventID<HardEvent::MTE1_M>();
-      factors_emptied_[i] = pipe_.AllocEventID<HardEvent::M_MTE1>();
-      product_filled_[i] = pipe_.AllocEventID<HardEvent::M_FIX>();
-      product_emptied_[i] = pipe_.AllocEventID<HardEvent::FIX_M>();
-      SetFlag<HardEvent::MTE1_MTE2>(k_emptied_[i]);
-      SetFlag<HardEvent::MTE1_MTE2>(rows_emptied_[i]);
-      SetFlag<HardEvent::MTE1_MTE2>(pair_emptied_[i]);
-      SetFlag<HardEvent::M_MTE1>(factors_emptied_[i]);
-      SetFlag<HardEvent::FIX_M>(product_emptied_[i]);
-    }
+    k_places_.open(pipe_);
+    row_places_.open(pipe_);
+    pair_places_.open(pipe_);
+    factor_places_.open(pipe_);
+    product_places_.open(pipe_);
   }
-
   __aicore__ inline void close() {
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::MTE1_MTE2>(k_emptied_[i]);
-      WaitFlag<HardEvent::MTE1_MTE2>(rows_emptied_[i]);
-      WaitFlag<HardEvent::MTE1_MTE2>(pair_emptied_[i]);
-      WaitFlag<HardEvent::M_MTE1>(factors_emptied_[i]);
-      WaitFlag<HardEvent::FIX_M>(product_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(k_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(rows_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(pair_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(k_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(rows_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(pair_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_M>(factors_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::M_MTE1>(factors_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::M_FIX>(product_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::FIX_M>(product_emptied_[i]);
-    }
+    k_places_.close(pipe_);
+    row_places_.close(pipe_);
+    pair_places_.close(pipe_);
+    factor_places_.close(pipe_);
+    product_places_.close(pipe_);
   }
 
   __aicore__ inline int32_t score_parts(const FlashGradientWalk& walk) const {
@@ -127,7 +102,7 @@ class FlashBackwardCube {
       load_rows(0, q_[walk.rows().q + i * side_ * of_.q_stride], rows, of_.q_stride);
       load_rows(1, dout_[walk.rows().dout + i * side_ * shape_.dout_stride], rows, shape_.dout_stride);
     }
-    if (first) WaitFlag<HardEvent::MTE2_MTE1>(k_filled_[place]);
+    if (first) WaitFlag<HardEvent::MTE2_MTE1>(k_places_.filled[place]);
     const int64_t at = int64_t{i} * side_ * of_.stack + j * side_;
     GlobalTensor<float> slot;
     slot.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace_ + slots_.score_slot(walk.number())),
@@ -140,33 +115,33 @@ class FlashBackwardCube {
 
   __aicore__ inline void load_keys(const FlashGradientWalk& walk, const LocalTensor<T>& k, const LocalTensor<T>& v,
                                    int32_t place) {
-    WaitFlag<HardEvent::MTE1_MTE2>(k_emptied_[place]);
+    WaitFlag<HardEvent::MTE1_MTE2>(k_places_.emptied[place]);
     for (int32_t part = 0; part < walk.kv_parts(); ++part) {
       const int32_t keys = part_of(walk.keys().keys, part), height = fractals(keys) * kSide;
       const int64_t key = int64_t{part} * side_;
       load_fractals(k[part * width_], k_[walk.keys().k + key * of_.k_stride], keys, of_.head_dim, of_.k_stride, height);
       load_fractals(v[part * width_], v_[walk.keys().v + key * of_.v_stride], keys, of_.head_dim, of_.v_stride, height);
     }
-    SetFlag<HardEvent::MTE2_MTE1>(k_filled_[place]);
+    SetFlag<HardEvent::MTE2_MTE1>(k_places_.filled[place]);
   }
 
   // Rows of q (which = 0) or of dout (1), for all the keys of the block.
   __aicore__ inline void load_rows(int32_t which, const GlobalTensor<T>& from, int32_t rows, int64_t stride) {
-    WaitFlag<HardEvent::MTE1_MTE2>(rows_emptied_[which]);
+    WaitFlag<HardEvent::MTE1_MTE2>(row_places_.emptied[which]);
     load_left_rows(rows_buffer_.Get<T>()[which * width_], from, rows, of_.head_dim, stride);
-    SetFlag<HardEvent::MTE2_MTE1>(rows_filled_[which]);
+    SetFlag<HardEvent::MTE2_MTE1>(row_places_.filled[which]);
   }
 
   // to = (q or dout) (k or v)^T
   __aicore__ inline void score(int32_t which, const GlobalTensor<float>& to, const LocalTensor<T>& keys_in_l1,
                                int32_t rows, int32_t keys, bool first_of_rows, bool last_of_rows) {
     const LocalTensor<T> left = factor_place(left_buffer_, factor_), right = factor_place(right_buffer_, width_);
-    WaitFlag<HardEvent::M_MTE1>(factors_emptied_[factor_turn_]);
-    if (first_of_rows) WaitFlag<HardEvent::MTE2_MTE1>(rows_filled_[which]);
+    WaitFlag<HardEvent::M_MTE1>(factor_places_.emptied[factor_turn_]);
+    if (first_of_rows) WaitFlag<HardEvent::MTE2_MTE1>(row_places_.filled[which]);
     load_left(left, rows_buffer_.Get<T>()[which * width_], cube_rows(rows), of_.head_dim);
-    if (last_of_rows) SetFlag<HardEvent::MTE1_MTE2>(rows_emptied_[which]);
+    if (last_of_rows) SetFlag<HardEvent::MTE1_MTE2>(row_places_.emptied[which]);
     load_right_transposed(right, keys_in_l1, keys, of_.head_dim);
-    SetFlag<HardEvent::MTE1_M>(factors_filled_[factor_turn_]);
+    SetFlag<HardEvent::MTE1_M>(factor_places_.filled[factor_turn_]);
     product(left, right, cube_rows(rows), keys, of_.head_dim, true);
     store(to, rows, keys, of_.stack);
   }
@@ -185,7 +160,7 @@ class FlashBackwardCube {
         row_sum(weights[at], k_buffer_.Get<T>()[place * block_ + j * width_], rows, part_of(walk.keys().keys, j),
                 j == 0);
       }
-      if (last) SetFlag<HardEvent::MTE1_MTE2>(k_emptied_[place]);
+      if (last) SetFlag<HardEvent::MTE1_MTE2>(k_places_.emptied[place]);
       SetAtomicAdd<float>();
       store(dq_[walk.rows().dq + int64_t{i} * side_ * of_.heads * of_.head_dim], rows, of_.head_dim,
             of_.heads * of_.head_dim);
@@ -215,17 +190,17 @@ class FlashBackwardCube {
   __aicore__ inline void key_sum(const GlobalTensor<T>& factors, const GlobalTensor<T>& from, int64_t stride,
                                  int32_t rows, int32_t keys, bool first) {
     const LocalTensor<T> pair = pair_buffer_.Get<T>()[pair_turn_ * (square_ + width_)], others = pair[square_];
-    WaitFlag<HardEvent::MTE1_MTE2>(pair_emptied_[pair_turn_]);
+    WaitFlag<HardEvent::MTE1_MTE2>(pair_places_.emptied[pair_turn_]);
     load_fractals(pair, factors, rows, keys, of_.stack, fractals(rows) * kSide);
     load_fractals(others, from, rows, of_.head_dim, stride, fractals(rows) * kSide);
-    SetFlag<HardEvent::MTE2_MTE1>(pair_filled_[pair_turn_]);
+    SetFlag<HardEvent::MTE2_MTE1>(pair_places_.filled[pair_turn_]);
     const LocalTensor<T> left = factor_place(left_buffer_, factor_), right = factor_place(right_buffer_, width_);
-    WaitFlag<HardEvent::M_MTE1>(factors_emptied_[factor_turn_]);
-    WaitFlag<HardEvent::MTE2_MTE1>(pair_filled_[pair_turn_]);
+    WaitFlag<HardEvent::M_MTE1>(factor_places_.emptied[factor_turn_]);
+    WaitFlag<HardEvent::MTE2_MTE1>(pair_places_.filled[pair_turn_]);
     load_left_transposed(left, pair, cube_rows(keys), rows);
     load_right(right, others, rows, of_.head_dim);
-    SetFlag<HardEvent::MTE1_MTE2>(pair_emptied_[pair_turn_]);
-    SetFlag<HardEvent::MTE1_M>(factors_filled_[factor_turn_]);
+    SetFlag<HardEvent::MTE1_MTE2>(pair_places_.emptied[pair_turn_]);
+    SetFlag<HardEvent::MTE1_M>(factor_places_.filled[factor_turn_]);
     pair_turn_ = 1 - pair_turn_;
     product(left, right, cube_rows(keys), of_.head_dim, rows, first);
   }
@@ -234,16 +209,16 @@ class FlashBackwardCube {
   __aicore__ inline void row_sum(const GlobalTensor<T>& factors, const LocalTensor<T>& keys_in_l1, int32_t rows,
                                  int32_t keys, bool first) {
     const LocalTensor<T> pair = pair_buffer_.Get<T>()[pair_turn_ * (square_ + width_)];
-    WaitFlag<HardEvent::MTE1_MTE2>(pair_emptied_[pair_turn_]);
+    WaitFlag<HardEvent::MTE1_MTE2>(pair_places_.emptied[pair_turn_]);
     load_left_rows(pair, factors, rows, keys, of_.stack);
-    SetFlag<HardEvent::MTE2_MTE1>(pair_filled_[pair_turn_]);
+    SetFlag<HardEvent::MTE2_MTE1>(pair_places_.filled[pair_turn_]);
     const LocalTensor<T> left = factor_place(left_buffer_, factor_), right = factor_place(right_buffer_, width_);
-    WaitFlag<HardEvent::M_MTE1>(factors_emptied_[factor_turn_]);
-    WaitFlag<HardEvent::MTE2_MTE1>(pair_filled_[pair_turn_]);
+    WaitFlag<HardEvent::M_MTE1>(factor_places_.emptied[factor_turn_]);
+    WaitFlag<HardEvent::MTE2_MTE1>(pair_places_.filled[pair_turn_]);
     load_left(left, pair, cube_rows(rows), keys);
-    SetFlag<HardEvent::MTE1_MTE2>(pair_emptied_[pair_turn_]);
+    SetFlag<HardEvent::MTE1_MTE2>(pair_places_.emptied[pair_turn_]);
     load_right(right, keys_in_l1, keys, of_.head_dim);
-    SetFlag<HardEvent::MTE1_M>(factors_filled_[factor_turn_]);
+    SetFlag<HardEvent::MTE1_M>(factor_places_.filled[factor_turn_]);
     pair_turn_ = 1 - pair_turn_;
     product(left, right, cube_rows(rows), of_.head_dim, keys, first);
   }
@@ -256,17 +231,17 @@ class FlashBackwardCube {
   // The product of the factors that were filled last, or what it adds to the one before.
   __aicore__ inline void product(const LocalTensor<T>& left, const LocalTensor<T>& right, int32_t m, int32_t n,
                                  int32_t k, bool first) {
-    WaitFlag<HardEvent::MTE1_M>(factors_filled_[factor_turn_]);
-    if (first) WaitFlag<HardEvent::FIX_M>(product_emptied_[product_turn_]);
+    WaitFlag<HardEvent::MTE1_M>(factor_places_.filled[factor_turn_]);
+    if (first) WaitFlag<HardEvent::FIX_M>(product_places_.emptied[product_turn_]);
     multiply(product_buffer_.Get<float>()[product_turn_ * factor_], left, right, m, n, k, !first);
-    SetFlag<HardEvent::M_MTE1>(factors_emptied_[factor_turn_]);
+    SetFlag<HardEvent::M_MTE1>(factor_places_.emptied[factor_turn_]);
     factor_turn_ = 1 - factor_turn_;
   }
   __aicore__ inline void store(const GlobalTensor<float>& to, int32_t m, int32_t n, int32_t pitch) {
-    SetFlag<HardEvent::M_FIX>(product_filled_[product_turn_]);
-    WaitFlag<HardEvent::M_FIX>(product_filled_[product_turn_]);
+    SetFlag<HardEvent::M_FIX>(product_places_.filled[product_turn_]);
+    WaitFlag<HardEvent::M_FIX>(product_places_.filled[product_turn_]);
     store_product(to, product_buffer_.Get<float>()[product_turn_ * factor_], m, n, pitch);
-    SetFlag<HardEvent::FIX_M>(product_emptied_[product_turn_]);
+    SetFlag<HardEvent::FIX_M>(product_places_.emptied[product_turn_]);
     product_turn_ = 1 - product_turn_;
   }
 
@@ -284,8 +259,9 @@ class FlashBackwardCube {
   TBuf<TPosition::A2> left_buffer_;
   TBuf<TPosition::B2> right_buffer_;
   TBuf<TPosition::CO1> product_buffer_;
-  TEventID k_filled_[2], rows_filled_[2], pair_filled_[2], k_emptied_[2], rows_emptied_[2], pair_emptied_[2];
-  TEventID factors_filled_[2], factors_emptied_[2], product_filled_[2], product_emptied_[2];
+  PlacesInL1 k_places_, row_places_, pair_places_;
+  PlacesOfFactors factor_places_;
+  PlacesOfProducts product_places_;
   int32_t side_, width_, square_, block_, factor_, factor_turn_ = 0, pair_turn_ = 0, product_turn_ = 0;
 };
 

@@ -37,14 +37,8 @@ class FlashBackwardVector {
   }
 
   __aicore__ inline void run() {
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      read_[i] = pipe_.AllocEventID<HardEvent::V_MTE2>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_V>();
-      SetFlag<HardEvent::V_MTE2>(read_[i]);
-      SetFlag<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.open(pipe_);
+    outgoing_.open(pipe_);
     CreateVecIndex(triangle_.lanes, 0.0f, static_cast<uint32_t>(kMostRows));
     as_blocks(triangle_.rows, triangle_.lanes, kMostRows);
     const int64_t cores = GetBlockNum();
@@ -59,14 +53,8 @@ class FlashBackwardVector {
       if (before.valid() && before.last()) store_sums(before);
     }
     if (before.valid()) store_sums(before);
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::V_MTE2>(read_[i]);
-      WaitFlag<HardEvent::MTE3_V>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE2>(read_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.close(pipe_);
+    outgoing_.close(pipe_);
   }
 
  private:
@@ -96,8 +84,8 @@ class FlashBackwardVector {
       const Rows shape{rows - row < fit ? rows - row : fit, pitch};
       const LocalTensor<float> x = in_place(), y = x[of_.chunk], lse = y[of_.chunk], delta = lse[kMostRows];
       const int64_t at = int64_t{first + row} * of_.stack, number = of_rows.lse + first + row;
-      load(x, scores[at], shape.rows, keys, of_.stack, pitch);
-      load(y, scores[size + at], shape.rows, keys, of_.stack, pitch);
+      load_rows_apart(x, scores[at], shape.rows, keys, of_.stack, pitch);
+      load_rows_apart(y, scores[size + at], shape.rows, keys, of_.stack, pitch);
       load_rows(lse, lse_[number], 1, shape.rows, shape.rows, round_up(shape.rows, kBlock));
       load_rows(delta, delta_[number], 1, shape.rows, shape.rows, round_up(shape.rows, kBlock));
       filled();
@@ -118,8 +106,8 @@ class FlashBackwardVector {
       Cast(ds, y, RoundMode::CAST_RINT, shape.rows * pitch);
       read();
       computed();
-      store(weights[at], p, shape.rows, keys, of_.stack, pitch);
-      store(weights[size + at], ds, shape.rows, keys, of_.stack, pitch);
+      store_rows_apart(weights[at], p, shape.rows, keys, of_.stack, pitch);
+      store_rows_apart(weights[size + at], ds, shape.rows, keys, of_.stack, pitch);
       sent();
     }
     CrossCoreSetFlag<2, PIPE_MTE3>(kWeightsReady);
@@ -135,8 +123,8 @@ class FlashBackwardVector {
     for (int32_t row = 0; row < rows; row += fit) {
       const int32_t count = rows - row < fit ? rows - row : fit;
       const LocalTensor<float> x = in_place(), y = x[of_.chunk];
-      load(x, sums[(first + row) * width], count, width, width, width);
-      load(y, sums[size + (first + row) * width], count, width, width, width);
+      load_rows_apart(x, sums[(first + row) * width], count, width, width, width);
+      load_rows_apart(y, sums[size + (first + row) * width], count, width, width, width);
       filled();
       Muls(x, x, of_.scale, count * width);
       const LocalTensor<T> dk = out_place(), dv = dk[of_.chunk];
@@ -163,55 +151,37 @@ class FlashBackwardVector {
                                     const LocalTensor<T>& dv) {
     const int32_t width = of_.head_dim, stride = of_.kv_heads * width;
     computed();
-    store(dk_[keys.dk + int64_t{row} * stride], dk, count, width, stride, width);
-    store(dv_[keys.dk + int64_t{row} * stride], dv, count, width, stride, width);
+    store_rows_apart(dk_[keys.dk + int64_t{row} * stride], dk, count, width, stride, width);
+    store_rows_apart(dv_[keys.dk + int64_t{row} * stride], dv, count, width, stride, width);
     sent();
-  }
-
-  // Rows, `stride` apart in global memory and `pitch` in unified memory.
-  __aicore__ inline void load(const LocalTensor<float>& to, const GlobalTensor<float>& from, int32_t rows,
-                              int32_t columns, int32_t stride, int32_t pitch) {
-    const uint32_t unfilled = static_cast<uint32_t>((pitch - round_up(columns, kBlock)) / kBlock);
-    DataCopyPad(to, from,
-                DataCopyExtParams(static_cast<uint16_t>(rows), static_cast<uint32_t>(columns * sizeof(float)),
-                                  static_cast<uint32_t>((stride - columns) * sizeof(float)), unfilled, 0),
-                DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
-  }
-  __aicore__ inline void store(const GlobalTensor<T>& to, const LocalTensor<T>& from, int32_t rows, int32_t columns,
-                               int32_t stride, int32_t pitch) {
-    const uint32_t unread = static_cast<uint32_t>((pitch - round_up(columns, kSixteen)) / kSixteen);
-    DataCopyPad(to, from,
-                DataCopyExtParams(static_cast<uint16_t>(rows), static_cast<uint32_t>(columns * sizeof(T)), unread,
-                                  static_cast<uint32_t>((stride - columns) * sizeof(T)), 0));
   }
 
   // The next place of each ring; it is filled, read, computed and sent in this order.
   __aicore__ inline LocalTensor<float> in_place() {
-    WaitFlag<HardEvent::V_MTE2>(read_[in_turn_]);
+    WaitFlag<HardEvent::V_MTE2>(incoming_.emptied[in_turn_]);
     return in_buffer_.Get<float>()[in_turn_ * in_size()];
   }
   __aicore__ inline void filled() {
-    SetFlag<HardEvent::MTE2_V>(filled_[in_turn_]);
-    WaitFlag<HardEvent::MTE2_V>(filled_[in_turn_]);
+    SetFlag<HardEvent::MTE2_V>(incoming_.filled[in_turn_]);
+    WaitFlag<HardEvent::MTE2_V>(incoming_.filled[in_turn_]);
   }
   __aicore__ inline void read() {
-    SetFlag<HardEvent::V_MTE2>(read_[in_turn_]);
+    SetFlag<HardEvent::V_MTE2>(incoming_.emptied[in_turn_]);
     in_turn_ = 1 - in_turn_;
   }
   __aicore__ inline LocalTensor<T> out_place() {
-    WaitFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
+    WaitFlag<HardEvent::MTE3_V>(outgoing_.emptied[out_turn_]);
     return out_buffer_.Get<T>()[out_turn_ * 2 * of_.chunk];
   }
   __aicore__ inline void computed() {
-    SetFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
-    WaitFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
+    SetFlag<HardEvent::V_MTE3>(outgoing_.filled[out_turn_]);
+    WaitFlag<HardEvent::V_MTE3>(outgoing_.filled[out_turn_]);
   }
   __aicore__ inline void sent() {
-    SetFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
+    SetFlag<HardEvent::MTE3_V>(outgoing_.emptied[out_turn_]);
     out_turn_ = 1 - out_turn_;
   }
 
-  static constexpr int32_t kSixteen = 32 / sizeof(T);
   TPipe& pipe_;
   const FlashGradientShape& shape_;
   const FlashShape& of_;
@@ -226,7 +196,8 @@ class FlashBackwardVector {
   TBuf<TPosition::VECCALC> blocks_buffer_, numbers_buffer_, bits_buffer_;
   LocalTensor<float> blocks_, safe_;
   Triangle triangle_;
-  TEventID filled_[2], read_[2], computed_[2], emptied_[2];
+  PlacesIn incoming_;
+  PlacesOut outgoing_;
   int64_t core_;
   int32_t in_turn_ = 0, out_turn_ = 0;
   bool second_;

@@ -5,7 +5,7 @@
 // rows of fractals whose elements go down first.
 #pragma once
 
-#include "common.h"
+#include "flash_places.h"
 
 namespace pyalpaca_npu {
 

@@ -1,8 +1,7 @@
 // Attention of one new token over a long cache, bound by reading that cache once: the heads that share a head of keys
 // are the rows of one tile, and keys are split so that all cores read. Each split leaves its result and lse in fp32;
 // flash_merge.cpp weighs them by their lse.
-#include "flash_forward_cube.h"
-#include "flash_forward_vector.h"
+#include "flash_forward_cores.h"
 
 // q, parts (splits, B, H, d) and part_lse (splits, B, H) have the heads that share keys side by side; lengths, if
 // given, says how many keys each sequence has.
@@ -14,7 +13,6 @@
       int64_t split, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t q_tile, int32_t kv_tile,        \
       int32_t stack, int32_t chunk, float scale) {                                                              \
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);                                                          \
-    AscendC::TPipe pipe;                                                                                        \
     const int64_t group = heads / kv_heads, width = int64_t{heads} * head_dim;                                  \
     const pyalpaca_npu::FlashShape shape{batch,                                                                 \
                                          group,                                                                 \
@@ -47,16 +45,7 @@
                                          split,                                                                 \
                                          batch * width,                                                         \
                                          batch * heads};                                                        \
-    if ASCEND_IS_AIC {                                                                                          \
-      pyalpaca_npu::FlashForwardCube<T> op(pipe, shape);                                                        \
-      op.init(q, k, v, workspace, nullptr, lengths);                                                            \
-      op.run();                                                                                                 \
-    }                                                                                                           \
-    if ASCEND_IS_AIV {                                                                                          \
-      pyalpaca_npu::FlashForwardVector<T, float> op(pipe, shape);                                               \
-      op.init(parts, part_lse, workspace, nullptr, lengths);                                                    \
-      op.run();                                                                                                 \
-    }                                                                                                           \
+    pyalpaca_npu::flash_forward_cores<T, float>(shape, q, k, v, nullptr, lengths, parts, part_lse, workspace);  \
   }
 
 PYALPACA_FLASH_DECODE(flash_decode_half, half)

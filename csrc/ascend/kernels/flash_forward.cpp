@@ -3,8 +3,7 @@
 //
 // Dao 2023, cut for cube and vector cores that meet only in global memory (which here stays in L2): one cube core and
 // two vector cores walk through the same list of stacks of keys, the cube core two stacks ahead with the scores.
-#include "flash_forward_cube.h"
-#include "flash_forward_vector.h"
+#include "flash_forward_cores.h"
 
 #define PYALPACA_FLASH_FORWARD(name, T)                                                                               \
   extern "C" __global__ __aicore__ void name(                                                                         \
@@ -15,7 +14,6 @@
       int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t causal, int32_t q_tile, int32_t kv_tile,             \
       int32_t stack, int32_t chunk, int32_t share, float scale) {                                                     \
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);                                                                \
-    AscendC::TPipe pipe;                                                                                              \
     const int64_t width = int64_t{heads} * head_dim;                                                                  \
     const pyalpaca_npu::FlashShape shape{batch,                                                                       \
                                          q_len,                                                                       \
@@ -48,16 +46,7 @@
                                          0,                                                                           \
                                          0,                                                                           \
                                          0};                                                                          \
-    if ASCEND_IS_AIC {                                                                                                \
-      pyalpaca_npu::FlashForwardCube<T> op(pipe, shape);                                                              \
-      op.init(q, k, v, workspace, q_starts, kv_starts);                                                               \
-      op.run();                                                                                                       \
-    }                                                                                                                 \
-    if ASCEND_IS_AIV {                                                                                                \
-      pyalpaca_npu::FlashForwardVector<T, T> op(pipe, shape);                                                         \
-      op.init(out, lse, workspace, q_starts, kv_starts);                                                              \
-      op.run();                                                                                                       \
-    }                                                                                                                 \
+    pyalpaca_npu::flash_forward_cores<T, T>(shape, q, k, v, q_starts, kv_starts, out, lse, workspace);                \
   }
 
 PYALPACA_FLASH_FORWARD(flash_forward_half, half)

@@ -62,43 +62,18 @@ class FlashForwardCube {
 
  private:
   __aicore__ inline void open() {
-    for (int32_t i = 0; i < 2; ++i) {
-      k_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
-      v_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
-      weights_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE1>();
-      k_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
-      v_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
-      weights_emptied_[i] = pipe_.AllocEventID<HardEvent::MTE1_MTE2>();
-      factors_filled_[i] = pipe_.AllocEventID<HardEvent::MTE1_M>();
-      factors_emptied_[i] = pipe_.AllocEventID<HardEvent::M_MTE1>();
-      product_filled_[i] = pipe_.AllocEventID<HardEvent::M_FIX>();
-      product_emptied_[i] = pipe_.AllocEventID<HardEvent::FIX_M>();
-      SetFlag<HardEvent::MTE1_MTE2>(k_emptied_[i]);
-      SetFlag<HardEvent::MTE1_MTE2>(v_emptied_[i]);
-      SetFlag<HardEvent::MTE1_MTE2>(weights_emptied_[i]);
-      SetFlag<HardEvent::M_MTE1>(factors_emptied_[i]);
-      SetFlag<HardEvent::FIX_M>(product_emptied_[i]);
-    }
+    k_places_.open(pipe_);
+    v_places_.open(pipe_);
+    weight_places_.open(pipe_);
+    factor_places_.open(pipe_);
+    product_places_.open(pipe_);
   }
-
   __aicore__ inline void close() {
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::MTE1_MTE2>(k_emptied_[i]);
-      WaitFlag<HardEvent::MTE1_MTE2>(v_emptied_[i]);
-      WaitFlag<HardEvent::MTE1_MTE2>(weights_emptied_[i]);
-      WaitFlag<HardEvent::M_MTE1>(factors_emptied_[i]);
-      WaitFlag<HardEvent::FIX_M>(product_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(k_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(v_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE1>(weights_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(k_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(v_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_MTE2>(weights_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE1_M>(factors_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::M_MTE1>(factors_emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::M_FIX>(product_filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::FIX_M>(product_emptied_[i]);
-    }
+    k_places_.close(pipe_);
+    v_places_.close(pipe_);
+    weight_places_.close(pipe_);
+    factor_places_.close(pipe_);
+    product_places_.close(pipe_);
   }
 
   // Of a part, the keys this tile sees, or those in L1, which the group's tiles see.
@@ -149,9 +124,9 @@ class FlashForwardCube {
   __aicore__ inline void load_values(const FlashWalk& walk, int32_t part) {
     if (!to_load(walk, part)) return;
     const int32_t place = half_place(walk, part);
-    WaitFlag<HardEvent::MTE1_MTE2>(v_emptied_[place]);
+    WaitFlag<HardEvent::MTE1_MTE2>(v_places_.emptied[place]);
     load_half(part_in(v_buffer_, walk, part), v_[walk.tile().v], shape_.v_stride, walk, part);
-    SetFlag<HardEvent::MTE2_MTE1>(v_filled_[place]);
+    SetFlag<HardEvent::MTE2_MTE1>(v_places_.filled[place]);
   }
 
   // Scores of a part of the stack of `walk`, and word to the vector cores after the last.
@@ -163,35 +138,35 @@ class FlashForwardCube {
     const LocalTensor<T> group = q_buffer_.Get<T>()[walk.group_number() % 2 * shape_.share * q_size_];
     if (loads) {
       // Where a place of keys is empty again, the last product with q of the group before the last is done.
-      WaitFlag<HardEvent::MTE1_MTE2>(k_emptied_[k_place]);
+      WaitFlag<HardEvent::MTE1_MTE2>(k_places_.emptied[k_place]);
       if (part == 0 && walk.first()) load_group(group, walk);
       load_half(part_in(k_buffer_, walk, part), k_[tile.k], shape_.k_stride, walk, part);
-      SetFlag<HardEvent::MTE2_MTE1>(k_filled_[k_place]);
+      SetFlag<HardEvent::MTE2_MTE1>(k_places_.filled[k_place]);
     }
 
     const LocalTensor<T> left = left_buffer_.Get<T>()[place * left_size_],
                          right = right_buffer_.Get<T>()[place * kv_size_];
     const int32_t loaded = part_of(walk, walk.group_keys(), part);
-    WaitFlag<HardEvent::M_MTE1>(factors_emptied_[place]);
-    if (loads) WaitFlag<HardEvent::MTE2_MTE1>(k_filled_[k_place]);
+    WaitFlag<HardEvent::M_MTE1>(factor_places_.emptied[place]);
+    if (loads) WaitFlag<HardEvent::MTE2_MTE1>(k_places_.filled[k_place]);
     load_left(left, group[walk.member() * q_size_], rows, head_dim);
     load_right_transposed(right, part_in(k_buffer_, walk, part), loaded, head_dim);
-    if (used_up(walk, part)) SetFlag<HardEvent::MTE1_MTE2>(k_emptied_[k_place]);
-    SetFlag<HardEvent::MTE1_M>(factors_filled_[place]);
+    if (used_up(walk, part)) SetFlag<HardEvent::MTE1_MTE2>(k_places_.emptied[k_place]);
+    SetFlag<HardEvent::MTE1_M>(factor_places_.filled[place]);
 
     const LocalTensor<float> product = score_buffer_.Get<float>();
-    WaitFlag<HardEvent::MTE1_M>(factors_filled_[place]);
-    WaitFlag<HardEvent::FIX_M>(product_emptied_[0]);
+    WaitFlag<HardEvent::MTE1_M>(factor_places_.filled[place]);
+    WaitFlag<HardEvent::FIX_M>(product_places_.emptied[0]);
     multiply(product, left, right, rows, loaded, head_dim, false);
-    SetFlag<HardEvent::M_MTE1>(factors_emptied_[place]);
-    SetFlag<HardEvent::M_FIX>(product_filled_[0]);
+    SetFlag<HardEvent::M_MTE1>(factor_places_.emptied[place]);
+    SetFlag<HardEvent::M_FIX>(product_places_.filled[0]);
 
     GlobalTensor<float> slot;
     slot.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace_ + slots_.score_slot(walk.number())),
                          shape_.q_tile * shape_.stack);
-    WaitFlag<HardEvent::M_FIX>(product_filled_[0]);
+    WaitFlag<HardEvent::M_FIX>(product_places_.filled[0]);
     store_product(slot[part * shape_.kv_tile], product, rows, keys, shape_.stack);
-    SetFlag<HardEvent::FIX_M>(product_emptied_[0]);
+    SetFlag<HardEvent::FIX_M>(product_places_.emptied[0]);
     if (last_part) CrossCoreSetFlag<2, PIPE_FIX>(kScoresReady);
   }
 
@@ -205,34 +180,34 @@ class FlashForwardCube {
     GlobalTensor<T> slot;
     slot.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace_ + slots_.weight_slot(walk.number())),
                          shape_.q_tile * shape_.stack);
-    WaitFlag<HardEvent::MTE1_MTE2>(weights_emptied_[weight_place]);
+    WaitFlag<HardEvent::MTE1_MTE2>(weight_places_.emptied[weight_place]);
     load_fractals(weights, slot[part * shape_.kv_tile], rows, keys, shape_.stack, fractals(rows) * kSide);
-    SetFlag<HardEvent::MTE2_MTE1>(weights_filled_[weight_place]);
+    SetFlag<HardEvent::MTE2_MTE1>(weight_places_.filled[weight_place]);
 
     const LocalTensor<T> left = left_buffer_.Get<T>()[place * left_size_],
                          right = right_buffer_.Get<T>()[place * kv_size_];
-    WaitFlag<HardEvent::M_MTE1>(factors_emptied_[place]);
-    if (to_load(walk, part)) WaitFlag<HardEvent::MTE2_MTE1>(v_filled_[v_place]);
+    WaitFlag<HardEvent::M_MTE1>(factor_places_.emptied[place]);
+    if (to_load(walk, part)) WaitFlag<HardEvent::MTE2_MTE1>(v_places_.filled[v_place]);
     load_right(right, part_in(v_buffer_, walk, part), keys, head_dim, part_of(walk, walk.group_keys(), part));
-    if (used_up(walk, part)) SetFlag<HardEvent::MTE1_MTE2>(v_emptied_[v_place]);
-    WaitFlag<HardEvent::MTE2_MTE1>(weights_filled_[weight_place]);
+    if (used_up(walk, part)) SetFlag<HardEvent::MTE1_MTE2>(v_places_.emptied[v_place]);
+    WaitFlag<HardEvent::MTE2_MTE1>(weight_places_.filled[weight_place]);
     load_left(left, weights, rows, keys);
-    SetFlag<HardEvent::MTE1_MTE2>(weights_emptied_[weight_place]);
-    SetFlag<HardEvent::MTE1_M>(factors_filled_[place]);
+    SetFlag<HardEvent::MTE1_MTE2>(weight_places_.emptied[weight_place]);
+    SetFlag<HardEvent::MTE1_M>(factor_places_.filled[place]);
 
     const LocalTensor<float> product = value_buffer_.Get<float>();
-    WaitFlag<HardEvent::MTE1_M>(factors_filled_[place]);
-    if (part == 0) WaitFlag<HardEvent::FIX_M>(product_emptied_[1]);
+    WaitFlag<HardEvent::MTE1_M>(factor_places_.filled[place]);
+    if (part == 0) WaitFlag<HardEvent::FIX_M>(product_places_.emptied[1]);
     multiply(product, left, right, rows, head_dim, keys, part > 0);
-    SetFlag<HardEvent::M_MTE1>(factors_emptied_[place]);
+    SetFlag<HardEvent::M_MTE1>(factor_places_.emptied[place]);
     if (!last_part) return;
 
-    SetFlag<HardEvent::M_FIX>(product_filled_[1]);
+    SetFlag<HardEvent::M_FIX>(product_places_.filled[1]);
     GlobalTensor<float> out;
     out.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace_ + slots_.value_slot(walk.number())), q_size_);
-    WaitFlag<HardEvent::M_FIX>(product_filled_[1]);
+    WaitFlag<HardEvent::M_FIX>(product_places_.filled[1]);
     store_product(out, product, rows, head_dim, head_dim);
-    SetFlag<HardEvent::FIX_M>(product_emptied_[1]);
+    SetFlag<HardEvent::FIX_M>(product_places_.emptied[1]);
     CrossCoreSetFlag<2, PIPE_FIX>(kValuesReady);
   }
 
@@ -248,8 +223,9 @@ class FlashForwardCube {
   TBuf<TPosition::A2> left_buffer_;
   TBuf<TPosition::B2> right_buffer_;
   TBuf<TPosition::CO1> score_buffer_, value_buffer_;
-  TEventID k_filled_[2], v_filled_[2], weights_filled_[2], k_emptied_[2], v_emptied_[2], weights_emptied_[2];
-  TEventID factors_filled_[2], factors_emptied_[2], product_filled_[2], product_emptied_[2];
+  PlacesInL1 k_places_, v_places_, weight_places_;
+  PlacesOfFactors factor_places_;
+  PlacesOfProducts product_places_;
   int32_t q_size_, kv_size_, weight_size_, left_size_, half_parts_;
   int32_t weight_turn_ = 0, factor_turn_ = 0;
 };

@@ -38,14 +38,8 @@ class FlashForwardVector {
   }
 
   __aicore__ inline void run() {
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      read_[i] = pipe_.AllocEventID<HardEvent::V_MTE2>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_V>();
-      SetFlag<HardEvent::V_MTE2>(read_[i]);
-      SetFlag<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.open(pipe_);
+    outgoing_.open(pipe_);
     // What lies past the rows of a tile is computed with and goes nowhere.
     Duplicate(parts_, 0.0f, kMostRows * kBlock);
     Duplicate(numbers(0), 1.0f, kNumbers * kMostRows);
@@ -68,14 +62,8 @@ class FlashForwardVector {
       if (stacks >= kLag && before.next()) add_values(before);
     }
     while (before.next()) add_values(before);
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::V_MTE2>(read_[i]);
-      WaitFlag<HardEvent::MTE3_V>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE2>(read_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.close(pipe_);
+    outgoing_.close(pipe_);
   }
 
  private:
@@ -133,12 +121,9 @@ class FlashForwardVector {
       const LocalTensor<T> y = place_out<T>();
       to_weights(y, x, walk, row, shape);
       give_back();
-      SetFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
-      WaitFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
-      const uint32_t unread = static_cast<uint32_t>((pitch - round_up(columns, kSixteen)) / kSixteen);
-      DataCopyPad(weights[(first + row) * shape_.stack], y,
-                  DataCopyExtParams(static_cast<uint16_t>(shape.rows), static_cast<uint32_t>(columns * sizeof(T)),
-                                    unread, static_cast<uint32_t>((shape_.stack - columns) * sizeof(T)), 0));
+      SetFlag<HardEvent::V_MTE3>(outgoing_.filled[out_turn_]);
+      WaitFlag<HardEvent::V_MTE3>(outgoing_.filled[out_turn_]);
+      store_rows_apart(weights[(first + row) * shape_.stack], y, shape.rows, columns, shape_.stack, pitch);
       sent();
     }
     CrossCoreSetFlag<2, PIPE_MTE3>(kWeightsReady);
@@ -242,11 +227,9 @@ class FlashForwardVector {
                                const LocalTensor<float>& lse) {
     const int32_t width = shape_.head_dim, count = stored(tile, row, rows);
     const int64_t at = first_row(tile) + row;
-    SetFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
-    WaitFlag<HardEvent::V_MTE3>(computed_[out_turn_]);
-    DataCopyPad(out_[tile.out + at * shape_.out_stride], y,
-                DataCopyExtParams(static_cast<uint16_t>(count), static_cast<uint32_t>(width * sizeof(Out)), 0,
-                                  static_cast<uint32_t>((shape_.out_stride - width) * sizeof(Out)), 0));
+    SetFlag<HardEvent::V_MTE3>(outgoing_.filled[out_turn_]);
+    WaitFlag<HardEvent::V_MTE3>(outgoing_.filled[out_turn_]);
+    store_rows_apart(out_[tile.out + at * shape_.out_stride], y, count, width, shape_.out_stride, width);
     store_rows(lse_[tile.lse + at], lse, 1, count);
     sent();
   }
@@ -257,31 +240,26 @@ class FlashForwardVector {
   __aicore__ inline LocalTensor<float> load(const GlobalTensor<float>& from, int32_t rows, int32_t columns,
                                             int32_t stride, int32_t pitch) {
     const LocalTensor<float> to = in_buffer_.Get<float>()[in_turn_ * shape_.chunk];
-    WaitFlag<HardEvent::V_MTE2>(read_[in_turn_]);
-    const uint32_t unfilled = static_cast<uint32_t>((pitch - round_up(columns, kBlock)) / kBlock);
-    DataCopyPad(to, from,
-                DataCopyExtParams(static_cast<uint16_t>(rows), static_cast<uint32_t>(columns * sizeof(float)),
-                                  static_cast<uint32_t>((stride - columns) * sizeof(float)), unfilled, 0),
-                DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
-    SetFlag<HardEvent::MTE2_V>(filled_[in_turn_]);
-    WaitFlag<HardEvent::MTE2_V>(filled_[in_turn_]);
+    WaitFlag<HardEvent::V_MTE2>(incoming_.emptied[in_turn_]);
+    load_rows_apart(to, from, rows, columns, stride, pitch);
+    SetFlag<HardEvent::MTE2_V>(incoming_.filled[in_turn_]);
+    WaitFlag<HardEvent::MTE2_V>(incoming_.filled[in_turn_]);
     return to;
   }
   __aicore__ inline void give_back() {
-    SetFlag<HardEvent::V_MTE2>(read_[in_turn_]);
+    SetFlag<HardEvent::V_MTE2>(incoming_.emptied[in_turn_]);
     in_turn_ = 1 - in_turn_;
   }
   template <typename U>
   __aicore__ inline LocalTensor<U> place_out() {
-    WaitFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
+    WaitFlag<HardEvent::MTE3_V>(outgoing_.emptied[out_turn_]);
     return out_buffer_.Get<U>()[out_turn_ * shape_.chunk * (sizeof(Out) / sizeof(U))];
   }
   __aicore__ inline void sent() {
-    SetFlag<HardEvent::MTE3_V>(emptied_[out_turn_]);
+    SetFlag<HardEvent::MTE3_V>(outgoing_.emptied[out_turn_]);
     out_turn_ = 1 - out_turn_;
   }
 
-  static constexpr int32_t kSixteen = 32 / sizeof(T);
   TPipe& pipe_;
   const FlashShape& shape_;
   FlashSlots slots_;
@@ -295,7 +273,8 @@ class FlashForwardVector {
   TBuf<TPosition::VECCALC> result_buffer_, wide_buffer_, blocks_buffer_, numbers_buffer_, bits_buffer_;
   LocalTensor<float> blocks_, parts_;
   Triangle triangle_;
-  TEventID filled_[2], read_[2], computed_[2], emptied_[2];
+  PlacesIn incoming_;
+  PlacesOut outgoing_;
   int64_t core_;
   int32_t in_turn_ = 0, out_turn_ = 0;
   bool second_;

@@ -31,33 +31,17 @@ class FlashMerge {
   }
 
   __aicore__ inline void run() {
-    lse_filled_ = pipe_.AllocEventID<HardEvent::MTE2_V>();
-    lse_read_ = pipe_.AllocEventID<HardEvent::V_MTE2>();
-    computed_ = pipe_.AllocEventID<HardEvent::V_MTE3>();
-    emptied_ = pipe_.AllocEventID<HardEvent::MTE3_V>();
-    SetFlag<HardEvent::V_MTE2>(lse_read_);
-    SetFlag<HardEvent::MTE3_V>(emptied_);
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      read_[i] = pipe_.AllocEventID<HardEvent::V_MTE2>();
-      SetFlag<HardEvent::V_MTE2>(read_[i]);
-    }
+    incoming_.open(pipe_);
+    lse_place_.open(pipe_);
+    out_place_.open(pipe_);
     Duplicate(numbers(0), 1.0f, 5 * kRows);
     for (int64_t tile = range_.begin; tile < range_.end; ++tile) {
       const int64_t row = tile * kRows;
       merge(row, rows_ - row < kRows ? static_cast<int32_t>(rows_ - row) : kRows);
     }
-    WaitFlag<HardEvent::V_MTE2>(lse_read_);
-    WaitFlag<HardEvent::MTE3_V>(emptied_);
-    pipe_.ReleaseEventID<HardEvent::MTE2_V>(lse_filled_);
-    pipe_.ReleaseEventID<HardEvent::V_MTE2>(lse_read_);
-    pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_);
-    pipe_.ReleaseEventID<HardEvent::MTE3_V>(emptied_);
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::V_MTE2>(read_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE2>(read_[i]);
-    }
+    incoming_.close(pipe_);
+    lse_place_.close(pipe_);
+    out_place_.close(pipe_);
   }
 
  private:
@@ -70,12 +54,12 @@ class FlashMerge {
     const LocalTensor<float> blocks = blocks_buffer_.Get<float>();
     const int32_t up = round_up(rows, kBlock);
     const Rows shape{rows, width_};
-    WaitFlag<HardEvent::V_MTE2>(lse_read_);
+    WaitFlag<HardEvent::V_MTE2>(lse_place_.emptied[0]);
     for (int32_t split = 0; split < splits_; ++split) {
       load_rows(lse[split * kRows], part_lse_[split * rows_ + row], 1, rows, rows, up);
     }
-    SetFlag<HardEvent::MTE2_V>(lse_filled_);
-    WaitFlag<HardEvent::MTE2_V>(lse_filled_);
+    SetFlag<HardEvent::MTE2_V>(lse_place_.filled[0]);
+    WaitFlag<HardEvent::MTE2_V>(lse_place_.filled[0]);
     Duplicate(max, minus_infinity(), up);
     for (int32_t split = 0; split < splits_; ++split) Max(max, lse[split * kRows], max, up);
     Maxs(safe, max, kLowest, up);
@@ -83,24 +67,24 @@ class FlashMerge {
     Duplicate(sum, 0.0f, rows * width_);
     for (int32_t split = 0; split < splits_; ++split) {
       const LocalTensor<float> part = in_buffer_.Get<float>()[turn_ * kRows * width_];
-      WaitFlag<HardEvent::V_MTE2>(read_[turn_]);
+      WaitFlag<HardEvent::V_MTE2>(incoming_.emptied[turn_]);
       load_rows(part, parts_[(split * rows_ + row) * width_], 1, rows * width_, rows * width_, rows * width_);
-      SetFlag<HardEvent::MTE2_V>(filled_[turn_]);
+      SetFlag<HardEvent::MTE2_V>(incoming_.filled[turn_]);
       Sub(weight, lse[split * kRows], safe, up);
       Exp(weight, weight, up);
       Add(total, total, weight, up);
       as_blocks(blocks, weight, rows);
-      WaitFlag<HardEvent::MTE2_V>(filled_[turn_]);
+      WaitFlag<HardEvent::MTE2_V>(incoming_.filled[turn_]);
       multiply_blocks(part, blocks, width_, shape);
       Add(sum, sum, part, rows * width_);
-      SetFlag<HardEvent::V_MTE2>(read_[turn_]);
+      SetFlag<HardEvent::V_MTE2>(incoming_.emptied[turn_]);
       turn_ = 1 - turn_;
     }
-    SetFlag<HardEvent::V_MTE2>(lse_read_);
+    SetFlag<HardEvent::V_MTE2>(lse_place_.emptied[0]);
     const LocalTensor<T> y = out_buffer_.Get<T>();
     const LocalTensor<float> result = result_buffer_.Get<float>();
     const LocalTensor<uint8_t> bits = bits_buffer_.Get<uint8_t>();
-    WaitFlag<HardEvent::MTE3_V>(emptied_);
+    WaitFlag<HardEvent::MTE3_V>(out_place_.emptied[0]);
     Maxs(safe, total, kSmallestSum, up);
     Div(safe, numbers(kOnes), safe, up);
     as_blocks(blocks, safe, rows);
@@ -110,11 +94,11 @@ class FlashMerge {
     Add(result, result, max, up);
     CompareScalar(bits, max, kHighest, CMPMODE::GT, static_cast<uint32_t>(kRows));
     Select(result, bits, max, result, SELMODE::VSEL_TENSOR_TENSOR_MODE, static_cast<uint32_t>(up));
-    SetFlag<HardEvent::V_MTE3>(computed_);
-    WaitFlag<HardEvent::V_MTE3>(computed_);
+    SetFlag<HardEvent::V_MTE3>(out_place_.filled[0]);
+    WaitFlag<HardEvent::V_MTE3>(out_place_.filled[0]);
     store_rows(out_[row * width_], y, 1, rows * width_);
     store_rows(lse_[row], result, 1, rows);
-    SetFlag<HardEvent::MTE3_V>(emptied_);
+    SetFlag<HardEvent::MTE3_V>(out_place_.emptied[0]);
   }
 
   static constexpr int32_t kRows = 64;
@@ -124,7 +108,9 @@ class FlashMerge {
   TBuf<TPosition::VECIN> in_buffer_, lse_buffer_;
   TBuf<TPosition::VECCALC> sum_buffer_, numbers_buffer_, blocks_buffer_, bits_buffer_;
   TBuf<TPosition::VECOUT> out_buffer_, result_buffer_;
-  TEventID lse_filled_, lse_read_, computed_, emptied_, filled_[2], read_[2];
+  PlacesIn incoming_;
+  Places<HardEvent::MTE2_V, HardEvent::V_MTE2, 1> lse_place_;
+  Places<HardEvent::V_MTE3, HardEvent::MTE3_V, 1> out_place_;
   Range range_;
   int64_t rows_;
   int32_t splits_, width_, turn_ = 0;

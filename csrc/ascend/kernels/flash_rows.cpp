@@ -1,5 +1,6 @@
 // What attention's gradient needs of rows before and after: delta, the sum of dout * out of each, with zeros where dq
 // will be summed; and dq rounded to its type.
+#include "flash_places.h"
 #include "rows.h"
 
 namespace pyalpaca_npu {
@@ -35,14 +36,8 @@ class FlashDelta {
   }
 
   __aicore__ inline void run() {
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      read_[i] = pipe_.AllocEventID<HardEvent::V_MTE2>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_V>();
-      SetFlag<HardEvent::V_MTE2>(read_[i]);
-      SetFlag<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.open(pipe_);
+    outgoing_.open(pipe_);
     const LocalTensor<float> zeros = zero_buffer_.Get<float>();
     Duplicate(zeros, 0.0f, kRows * width_);
     int32_t turn = 0;
@@ -51,34 +46,26 @@ class FlashDelta {
       const int32_t rows = length_ - row < kRows ? static_cast<int32_t>(length_ - row) : kRows;
       const int64_t at = ((batch * length_ + row) * heads_ + head) * width_;
       const LocalTensor<T> x = in_buffer_.Get<T>()[turn * 2 * kRows * width_], y = x[kRows * width_];
-      WaitFlag<HardEvent::V_MTE2>(read_[turn]);
+      WaitFlag<HardEvent::V_MTE2>(incoming_.emptied[turn]);
       load_rows(x, out_[at], rows, width_, heads_ * width_, width_);
       load_rows(y, dout_[batch * batch_stride_ + row * stride_ + head * head_stride_], rows, width_, stride_, width_);
-      SetFlag<HardEvent::MTE2_V>(filled_[turn]);
-      WaitFlag<HardEvent::MTE2_V>(filled_[turn]);
+      SetFlag<HardEvent::MTE2_V>(incoming_.filled[turn]);
+      WaitFlag<HardEvent::MTE2_V>(incoming_.filled[turn]);
       const LocalTensor<float> a = wide_buffer_.Get<float>(), b = a[kRows * width_];
       Cast(a, x, RoundMode::CAST_NONE, rows * width_);
       Cast(b, y, RoundMode::CAST_NONE, rows * width_);
-      SetFlag<HardEvent::V_MTE2>(read_[turn]);
+      SetFlag<HardEvent::V_MTE2>(incoming_.emptied[turn]);
       const LocalTensor<float> sums = sums_buffer_.Get<float>()[turn * kRows], lanes = lanes_buffer_.Get<float>();
-      WaitFlag<HardEvent::MTE3_V>(emptied_[turn]);
+      WaitFlag<HardEvent::MTE3_V>(outgoing_.emptied[turn]);
       dot_rows(sums, a, b, lanes, lanes[kRows * kLanes], parts_buffer_.Get<float>(), {rows, width_, width_});
-      SetFlag<HardEvent::V_MTE3>(computed_[turn]);
-      WaitFlag<HardEvent::V_MTE3>(computed_[turn]);
+      SetFlag<HardEvent::V_MTE3>(outgoing_.filled[turn]);
+      WaitFlag<HardEvent::V_MTE3>(outgoing_.filled[turn]);
       store_rows(delta_[(batch * heads_ + head) * length_ + row], sums, 1, rows);
-      DataCopyPad(dq_[at], zeros,
-                  DataCopyExtParams(static_cast<uint16_t>(rows), static_cast<uint32_t>(width_ * sizeof(float)), 0,
-                                    static_cast<uint32_t>((heads_ - 1) * width_ * sizeof(float)), 0));
-      SetFlag<HardEvent::MTE3_V>(emptied_[turn]);
+      store_rows_apart(dq_[at], zeros, rows, width_, heads_ * width_, width_);
+      SetFlag<HardEvent::MTE3_V>(outgoing_.emptied[turn]);
     }
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::V_MTE2>(read_[i]);
-      WaitFlag<HardEvent::MTE3_V>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE2>(read_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.close(pipe_);
+    outgoing_.close(pipe_);
   }
 
  private:
@@ -89,7 +76,8 @@ class FlashDelta {
   TBuf<TPosition::VECIN> in_buffer_;
   TBuf<TPosition::VECCALC> wide_buffer_, lanes_buffer_, parts_buffer_;
   TBuf<TPosition::VECOUT> zero_buffer_, sums_buffer_;
-  TEventID filled_[2], read_[2], computed_[2], emptied_[2];
+  PlacesIn incoming_;
+  PlacesOut outgoing_;
   Range range_;
   int64_t length_, batch_stride_, stride_, head_stride_, tiles_;
   int32_t heads_, width_;
@@ -112,41 +100,29 @@ class FlashRound {
   }
 
   __aicore__ inline void run() {
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      read_[i] = pipe_.AllocEventID<HardEvent::V_MTE2>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_V>();
-      SetFlag<HardEvent::V_MTE2>(read_[i]);
-      SetFlag<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.open(pipe_);
+    outgoing_.open(pipe_);
     int32_t turn = 0;
     for (int64_t tile = range_.begin; tile < range_.end; ++tile, turn = 1 - turn) {
       const int64_t at = tile * kTile;
       const int32_t count = count_ - at < kTile ? static_cast<int32_t>(count_ - at) : kTile;
       const LocalTensor<float> x = in_buffer_.Get<float>()[turn * kTile];
       const LocalTensor<T> y = out_buffer_.Get<T>()[turn * kTile];
-      WaitFlag<HardEvent::V_MTE2>(read_[turn]);
+      WaitFlag<HardEvent::V_MTE2>(incoming_.emptied[turn]);
       DataCopy(x, x_[at], static_cast<uint32_t>(count));
-      SetFlag<HardEvent::MTE2_V>(filled_[turn]);
-      WaitFlag<HardEvent::MTE2_V>(filled_[turn]);
+      SetFlag<HardEvent::MTE2_V>(incoming_.filled[turn]);
+      WaitFlag<HardEvent::MTE2_V>(incoming_.filled[turn]);
       Muls(x, x, scale_, count);
-      WaitFlag<HardEvent::MTE3_V>(emptied_[turn]);
+      WaitFlag<HardEvent::MTE3_V>(outgoing_.emptied[turn]);
       Cast(y, x, RoundMode::CAST_RINT, static_cast<uint32_t>(count));
-      SetFlag<HardEvent::V_MTE2>(read_[turn]);
-      SetFlag<HardEvent::V_MTE3>(computed_[turn]);
-      WaitFlag<HardEvent::V_MTE3>(computed_[turn]);
+      SetFlag<HardEvent::V_MTE2>(incoming_.emptied[turn]);
+      SetFlag<HardEvent::V_MTE3>(outgoing_.filled[turn]);
+      WaitFlag<HardEvent::V_MTE3>(outgoing_.filled[turn]);
       DataCopy(y_[at], y, static_cast<uint32_t>(count));
-      SetFlag<HardEvent::MTE3_V>(emptied_[turn]);
+      SetFlag<HardEvent::MTE3_V>(outgoing_.emptied[turn]);
     }
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::V_MTE2>(read_[i]);
-      WaitFlag<HardEvent::MTE3_V>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE2>(read_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_V>(emptied_[i]);
-    }
+    incoming_.close(pipe_);
+    outgoing_.close(pipe_);
   }
 
  private:
@@ -156,7 +132,8 @@ class FlashRound {
   GlobalTensor<T> y_;
   TBuf<TPosition::VECIN> in_buffer_;
   TBuf<TPosition::VECOUT> out_buffer_;
-  TEventID filled_[2], read_[2], computed_[2], emptied_[2];
+  PlacesIn incoming_;
+  PlacesOut outgoing_;
   Range range_;
   int64_t count_;
   float scale_;

@@ -2,7 +2,7 @@
 // a row for all its columns. A row is some groups of 64 columns; an instruction takes one group of all rows.
 #pragma once
 
-#include "common.h"
+#include "flash_places.h"
 
 namespace pyalpaca_npu {
 
@@ -86,9 +86,9 @@ __aicore__ inline void greatest(const LocalTensor<float>& to, const LocalTensor<
     BlockReduceMax<float>(parts, x, shape.count(), kLanes, 1, 1, shape.step());
   } else if (groups % 2 == 0) {
     combine<true>(halves, x, x[kLanes], shape.rows * groups / 2, BinaryRepeatParams(1, 1, 1, 8, 16, 16));
-    const Rows half{shape.rows, shape.pitch / 2};
-    fold<true>(halves, groups / 2, half);
-    BlockReduceMax<float>(parts, halves, shape.count(), kLanes, 1, 1, half.step());
+    const Rows one_of_two{shape.rows, shape.pitch / 2};
+    fold<true>(halves, groups / 2, one_of_two);
+    BlockReduceMax<float>(parts, halves, shape.count(), kLanes, 1, 1, one_of_two.step());
   } else {
     combine<true>(halves, x, x[kLanes], shape.rows, BinaryRepeatParams(1, 1, 1, 8, shape.step(), shape.step()));
     for (int32_t group = 2; group < groups; ++group) {

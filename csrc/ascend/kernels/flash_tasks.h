@@ -183,8 +183,8 @@ constexpr uint16_t kScoresReady = 0, kWeightsReady = 1, kValuesReady = 2;
 
 // Rows of the first of the two vector cores; the second has the rest.
 __aicore__ inline int32_t first_rows(int32_t rows) {
-  const int32_t half = round_up((rows + 1) / 2, kBlock);
-  return half < rows ? half : rows;
+  const int32_t first = round_up((rows + 1) / 2, kBlock);
+  return first < rows ? first : rows;
 }
 
 // One core's part of the workspace, in bytes.

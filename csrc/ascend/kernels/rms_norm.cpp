@@ -47,12 +47,7 @@ class RmsNorm {
   __aicore__ inline void run() {
     LocalTensor<float> ones = sums_buffer_.Get<float>()[rows_up_];
     Duplicate(ones, 1.0f, rows_up_);
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_MTE2>();
-      SetFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-    }
+    events_.open(pipe_);
     load_rows(gamma_buffer_.Get<float>(), gamma_, 1, width_, width_, round_up(width_, kBlock));
     int32_t turn = 0;
     for (int64_t row = range_.begin; row < range_.end; row += tile_rows_, turn = 1 - turn) {
@@ -62,27 +57,22 @@ class RmsNorm {
       compute(tile, turn);
       store(row, tile, turn);
     }
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_MTE2>(emptied_[i]);
-    }
+    events_.close(pipe_);
   }
 
  private:
   __aicore__ inline void load(int64_t row, const Tile& tile, int32_t turn) {
-    WaitFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+    WaitFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
     const int32_t at = turn * tile_rows_ * pitch_;
     load_rows(x_buffer_.Get<T>()[at], x_[row * stride_], tile.rows, width_, stride_, pitch_);
     if (has_residual_) {
       load_rows(residual_buffer_.Get<T>()[at], residual_[row * width_], tile.rows, width_, width_, pitch_);
     }
-    SetFlag<HardEvent::MTE2_V>(filled_[turn]);
+    SetFlag<HardEvent::MTE2_V>(events_.filled[turn]);
   }
 
   __aicore__ inline void compute(const Tile& tile, int32_t turn) {
-    WaitFlag<HardEvent::MTE2_V>(filled_[turn]);
+    WaitFlag<HardEvent::MTE2_V>(events_.filled[turn]);
     const int32_t at = turn * tile_rows_ * pitch_, count = tile.rows * pitch_, rows_up = round_up(tile.rows, kBlock);
     const LocalTensor<T> x = x_buffer_.Get<T>()[at];
     LocalTensor<float> h, y;  // fp32; the same place unless h has to stay
@@ -109,7 +99,7 @@ class RmsNorm {
     multiply_by_number(y, h, parts, tile);
     multiply_by_row(y, y, gamma_buffer_.Get<float>(), tile);
     if constexpr (Wide<T>::needs_cast) Cast(x, y, RoundMode::CAST_RINT, count);
-    SetFlag<HardEvent::V_MTE3>(computed_[turn]);
+    SetFlag<HardEvent::V_MTE3>(events_.computed[turn]);
   }
 
   // h += residual, rounded to T as it will be read by others; residual becomes h. Row by row through the products'
@@ -127,12 +117,12 @@ class RmsNorm {
   }
 
   __aicore__ inline void store(int64_t row, const Tile& tile, int32_t turn) {
-    WaitFlag<HardEvent::V_MTE3>(computed_[turn]);
+    WaitFlag<HardEvent::V_MTE3>(events_.computed[turn]);
     const int32_t at = turn * tile_rows_ * pitch_;
     store_rows(y_[row * width_], x_buffer_.Get<T>()[at], tile.rows, width_);
     if (has_residual_) store_rows(sum_[row * width_], residual_buffer_.Get<T>()[at], tile.rows, width_);
     store_rows(rstd_[row], rstd_buffer_.Get<float>()[turn * rows_up_], 1, tile.rows);
-    SetFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+    SetFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
   }
 
   TPipe& pipe_;
@@ -141,7 +131,7 @@ class RmsNorm {
   TBuf<TPosition::VECIN> x_buffer_, residual_buffer_, gamma_buffer_;
   TBuf<TPosition::VECCALC> wide_buffer_, products_buffer_, lanes_buffer_, parts_buffer_, sums_buffer_;
   TBuf<TPosition::VECOUT> rstd_buffer_;
-  TEventID filled_[2], computed_[2], emptied_[2];
+  TileEvents events_;
   Range range_;
   int64_t stride_;
   int32_t width_, pitch_, tile_rows_, rows_up_;

@@ -53,12 +53,7 @@ class RmsNormBackward {
   }
 
   __aicore__ inline void run() {
-    for (int32_t i = 0; i < buffers_; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_MTE2>();
-      SetFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-    }
+    events_.open(pipe_, buffers_);
     read_x_ = pipe_.AllocEventID<HardEvent::V_MTE2>();
     Duplicate(dgamma_buffer_.Get<float>(), 0.0f, round_up(width_, kBlock));
     load_rows(gamma_buffer_.Get<float>(), gamma_, 1, width_, width_, round_up(width_, kBlock));
@@ -68,35 +63,30 @@ class RmsNormBackward {
       const Tile tile{rows, width_, pitch_};
       load(row, tile, turn);
       compute(row, tile, turn);
-      WaitFlag<HardEvent::V_MTE3>(computed_[turn]);
+      WaitFlag<HardEvent::V_MTE3>(events_.computed[turn]);
       store_rows(dx_[row * width_], dy_buffer_.Get<T>()[turn * tile_rows_ * pitch_], rows, width_);
-      SetFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+      SetFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
     }
-    SetFlag<HardEvent::V_MTE3>(computed_[0]);
-    WaitFlag<HardEvent::V_MTE3>(computed_[0]);
+    SetFlag<HardEvent::V_MTE3>(events_.computed[0]);
+    WaitFlag<HardEvent::V_MTE3>(events_.computed[0]);
     store_rows(parts_[GetBlockIdx() * width_], dgamma_buffer_.Get<float>(), 1, width_);
-    for (int32_t i = 0; i < buffers_; ++i) {
-      WaitFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_MTE2>(emptied_[i]);
-    }
+    events_.close(pipe_, buffers_);
     pipe_.ReleaseEventID<HardEvent::V_MTE2>(read_x_);
   }
 
  private:
   __aicore__ inline void load(int64_t row, const Tile& tile, int32_t turn) {
-    WaitFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+    WaitFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
     const int32_t at = turn * tile_rows_ * pitch_;
     load_rows(x_buffer_.Get<T>()[at], x_[row * x_stride_], tile.rows, width_, x_stride_, pitch_);
     load_rows(dy_buffer_.Get<T>()[at], dy_[row * dy_stride_], tile.rows, width_, dy_stride_, pitch_);
     load_rows(rstd_buffer_.Get<float>()[turn * rows_up_], rstd_[row], 1, tile.rows, tile.rows,
               round_up(tile.rows, kBlock));
-    SetFlag<HardEvent::MTE2_V>(filled_[turn]);
+    SetFlag<HardEvent::MTE2_V>(events_.filled[turn]);
   }
 
   __aicore__ inline void compute(int64_t row, const Tile& tile, int32_t turn) {
-    WaitFlag<HardEvent::MTE2_V>(filled_[turn]);
+    WaitFlag<HardEvent::MTE2_V>(events_.filled[turn]);
     const int32_t at = turn * tile_rows_ * pitch_, count = tile.rows * pitch_, rows_up = round_up(tile.rows, kBlock);
     const LocalTensor<T> x_in = x_buffer_.Get<T>()[at], dy_in = dy_buffer_.Get<T>()[at];
     LocalTensor<float> x, dy;  // fp32
@@ -125,13 +115,13 @@ class RmsNormBackward {
       SetFlag<HardEvent::V_MTE2>(read_x_);
       WaitFlag<HardEvent::V_MTE2>(read_x_);
       load_rows(x_in, dsum_[row * width_], tile.rows, width_, width_, pitch_);
-      SetFlag<HardEvent::MTE2_V>(filled_[turn]);
-      WaitFlag<HardEvent::MTE2_V>(filled_[turn]);
+      SetFlag<HardEvent::MTE2_V>(events_.filled[turn]);
+      WaitFlag<HardEvent::MTE2_V>(events_.filled[turn]);
       if constexpr (Wide<T>::needs_cast) Cast(x, x_in, RoundMode::CAST_NONE, count);
       Add(dy, dy, x, count);
     }
     if constexpr (Wide<T>::needs_cast) Cast(dy_in, dy, RoundMode::CAST_RINT, count);
-    SetFlag<HardEvent::V_MTE3>(computed_[turn]);
+    SetFlag<HardEvent::V_MTE3>(events_.computed[turn]);
   }
 
   TPipe& pipe_;
@@ -141,7 +131,8 @@ class RmsNormBackward {
   TBuf<TPosition::VECCALC> wide_x_buffer_, wide_dy_buffer_, products_buffer_, lanes_buffer_, parts_buffer_,
       numbers_buffer_, sums_buffer_;
   TBuf<TPosition::VECOUT> dgamma_buffer_;
-  TEventID filled_[2], computed_[2], emptied_[2], read_x_;
+  TileEvents events_;
+  TEventID read_x_;
   Range range_;
   int64_t dy_stride_, x_stride_;
   int32_t width_, pitch_, tile_rows_, rows_up_, buffers_;

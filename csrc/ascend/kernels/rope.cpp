@@ -47,13 +47,8 @@ class Rope {
   }
 
   __aicore__ inline void run() {
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_MTE2>();
-      v_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE3>();
-      SetFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-    }
+    events_.open(pipe_);
+    for (int32_t i = 0; i < 2; ++i) v_filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_MTE3>();
     const int64_t blocks = (shape_.tokens + shape_.tile_tokens - 1) / shape_.tile_tokens;
     const Range units = part_of_core(blocks * groups_);
     for (int64_t unit = units.begin; unit < units.end; ++unit) {
@@ -70,39 +65,26 @@ class Rope {
       compute(turn);
       store(turn);
     }
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_MTE2>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_MTE3>(v_filled_[i]);
-    }
+    events_.close(pipe_);
+    for (int32_t i = 0; i < 2; ++i) pipe_.ReleaseEventID<HardEvent::MTE2_MTE3>(v_filled_[i]);
   }
 
  private:
   __aicore__ inline int32_t row_elements() const { return (q_count_ + k_count_) * shape_.head_dim; }
   __aicore__ inline bool stores_v() const { return has_cache_ && first_ == 0; }
 
-  // `heads` heads of each token of the unit, from `offset` elements on in a token's row of the buffer.
-  __aicore__ inline void load_heads(const LocalTensor<T>& row, const GlobalTensor<T>& from, int64_t stride,
+  // `heads` heads of each token of the unit, which in the buffer has room for all of the unit's heads.
+  __aicore__ inline void load_heads(const LocalTensor<T>& to, const GlobalTensor<T>& from, int64_t stride,
                                     int32_t heads) {
-    const int32_t width = heads * shape_.head_dim,
-                  gap = (row_elements() - width) * static_cast<int32_t>(sizeof(T)) / 32;
-    const DataCopyExtParams shape(static_cast<uint16_t>(tokens_), static_cast<uint32_t>(width * sizeof(T)),
-                                  static_cast<uint32_t>((stride - width) * sizeof(T)), static_cast<uint32_t>(gap), 0);
-    DataCopyPad(row, from, shape, DataCopyPadExtParams<T>(false, 0, 0, T(0)));
+    load_rows_apart(to, from, tokens_, heads * shape_.head_dim, stride, row_elements());
   }
-  __aicore__ inline void store_heads(const GlobalTensor<T>& to, const LocalTensor<T>& row, int64_t stride,
+  __aicore__ inline void store_heads(const GlobalTensor<T>& to, const LocalTensor<T>& from, int64_t stride,
                                      int32_t heads) {
-    const int32_t width = heads * shape_.head_dim,
-                  gap = (row_elements() - width) * static_cast<int32_t>(sizeof(T)) / 32;
-    DataCopyPad(to, row,
-                DataCopyExtParams(static_cast<uint16_t>(tokens_), static_cast<uint32_t>(width * sizeof(T)),
-                                  static_cast<uint32_t>(gap), static_cast<uint32_t>((stride - width) * sizeof(T)), 0));
+    store_rows_apart(to, from, tokens_, heads * shape_.head_dim, stride, row_elements());
   }
 
   __aicore__ inline void load(int32_t turn) {
-    WaitFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+    WaitFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
     const LocalTensor<T> x = x_buffer_.Get<T>()[turn * tile_];
     if (q_count_ > 0) {
       load_heads(x, q_[token_ * shape_.q_stride + first_ * shape_.head_dim], shape_.q_stride, q_count_);
@@ -122,7 +104,7 @@ class Rope {
         load_rows(sin[i * half_], sin_[row * half_], 1, half_, half_, half_);
       }
     }
-    SetFlag<HardEvent::MTE2_V>(filled_[turn]);
+    SetFlag<HardEvent::MTE2_V>(events_.filled[turn]);
     if (stores_v()) {
       load_rows(v_buffer_.Get<T>()[turn * shape_.tile_tokens * v_width_], v_[token_ * shape_.v_stride], tokens_,
                 v_width_, shape_.v_stride, v_width_);
@@ -135,7 +117,7 @@ class Rope {
   }
 
   __aicore__ inline void compute(int32_t turn) {
-    WaitFlag<HardEvent::MTE2_V>(filled_[turn]);
+    WaitFlag<HardEvent::MTE2_V>(events_.filled[turn]);
     const LocalTensor<T> x = x_buffer_.Get<T>()[turn * tile_];
     const int32_t count = row_elements();
     for (int32_t i = 0; i < tokens_; ++i) {
@@ -149,7 +131,7 @@ class Rope {
         turn_heads(row, angles(turn, 0)[i * half_], angles(turn, 1)[i * half_], q_count_ + k_count_);
       }
     }
-    SetFlag<HardEvent::V_MTE3>(computed_[turn]);
+    SetFlag<HardEvent::V_MTE3>(events_.computed[turn]);
   }
 
   // A repeat is half a head: the same cos and sin for every head of the token.
@@ -158,9 +140,9 @@ class Rope {
     const LocalTensor<float> left = x, right = x[half_];
     const LocalTensor<float> left_sin = products_buffer_.Get<float>(), right_sin = left_sin[heads * half_];
     const uint64_t mask = half_;
-    const uint8_t repeat = narrow(heads), head = narrow(shape_.head_dim / kBlock), half = narrow(half_ / kBlock);
-    const BinaryRepeatParams product(1, 1, 1, half, head, 0), in_place(1, 1, 1, head, head, 0),
-        sum(1, 1, 1, head, head, half);
+    const uint8_t repeat = narrow(heads), head = narrow(shape_.head_dim / kBlock), left_step = narrow(half_ / kBlock);
+    const BinaryRepeatParams product(1, 1, 1, left_step, head, 0), in_place(1, 1, 1, head, head, 0),
+        sum(1, 1, 1, head, head, left_step);
     Mul(left_sin, left, sin, mask, repeat, product);
     Mul(right_sin, right, sin, mask, repeat, product);
     Mul(left, left, cos, mask, repeat, in_place);
@@ -175,7 +157,7 @@ class Rope {
   }
 
   __aicore__ inline void store(int32_t turn) {
-    WaitFlag<HardEvent::V_MTE3>(computed_[turn]);
+    WaitFlag<HardEvent::V_MTE3>(events_.computed[turn]);
     const LocalTensor<T> x = x_buffer_.Get<T>()[turn * tile_], k = x[q_count_ * shape_.head_dim];
     if (q_count_ > 0) {
       store_heads(q_out_[token_ * shape_.q_out_stride + first_ * shape_.head_dim], x, shape_.q_out_stride, q_count_);
@@ -196,7 +178,7 @@ class Rope {
                    1, v_width_);
       }
     }
-    SetFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+    SetFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
   }
 
   TPipe& pipe_;
@@ -206,7 +188,8 @@ class Rope {
   GlobalTensor<int64_t> positions_, slots_;
   TBuf<TPosition::VECIN> x_buffer_, angle_buffer_, v_buffer_;
   TBuf<TPosition::VECCALC> wide_buffer_, products_buffer_;
-  TEventID filled_[2], computed_[2], emptied_[2], v_filled_[2];
+  TileEvents events_;
+  TEventID v_filled_[2];
   int64_t token_;
   int32_t half_, heads_, groups_, tile_, v_width_;
   int32_t tokens_, first_, q_count_, k_first_, k_count_;  // of the unit: tokens, its first head, heads of q and of k

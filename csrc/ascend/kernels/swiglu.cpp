@@ -28,12 +28,7 @@ class GatedTiles {
   }
 
   __aicore__ inline void run() {
-    for (int32_t i = 0; i < 2; ++i) {
-      filled_[i] = pipe_.AllocEventID<HardEvent::MTE2_V>();
-      computed_[i] = pipe_.AllocEventID<HardEvent::V_MTE3>();
-      emptied_[i] = pipe_.AllocEventID<HardEvent::MTE3_MTE2>();
-      SetFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-    }
+    events_.open(pipe_);
     const int64_t chunks = (shape_.width + shape_.tile_columns - 1) / shape_.tile_columns;
     const int64_t blocks = (shape_.rows + shape_.tile_rows - 1) / shape_.tile_rows;
     const Range units = part_of_core(blocks * chunks);
@@ -44,26 +39,21 @@ class GatedTiles {
       const int32_t rows = rows_left < shape_.tile_rows ? static_cast<int32_t>(rows_left) : shape_.tile_rows;
       const int32_t columns = left < shape_.tile_columns ? left : shape_.tile_columns;
       const int32_t pitch = round_up(columns, 32 / sizeof(T));
-      WaitFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+      WaitFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
       for (int32_t i = 0; i < kInputs; ++i) {
         const GlobalTensor<T> from = in_[i];
         const int64_t stride = shape_.stride[i];
         load_rows(input(i, turn), from[row * stride + column], rows, columns, stride, pitch);
       }
-      SetFlag<HardEvent::MTE2_V>(filled_[turn]);
-      WaitFlag<HardEvent::MTE2_V>(filled_[turn]);
+      SetFlag<HardEvent::MTE2_V>(events_.filled[turn]);
+      WaitFlag<HardEvent::MTE2_V>(events_.filled[turn]);
       compute(turn, rows * pitch);
-      SetFlag<HardEvent::V_MTE3>(computed_[turn]);
-      WaitFlag<HardEvent::V_MTE3>(computed_[turn]);
+      SetFlag<HardEvent::V_MTE3>(events_.computed[turn]);
+      WaitFlag<HardEvent::V_MTE3>(events_.computed[turn]);
       for (int32_t i = 0; i < kOutputs; ++i) store(i, turn, row, column, rows, columns);
-      SetFlag<HardEvent::MTE3_MTE2>(emptied_[turn]);
+      SetFlag<HardEvent::MTE3_MTE2>(events_.emptied[turn]);
     }
-    for (int32_t i = 0; i < 2; ++i) {
-      WaitFlag<HardEvent::MTE3_MTE2>(emptied_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE2_V>(filled_[i]);
-      pipe_.ReleaseEventID<HardEvent::V_MTE3>(computed_[i]);
-      pipe_.ReleaseEventID<HardEvent::MTE3_MTE2>(emptied_[i]);
-    }
+    events_.close(pipe_);
   }
 
  private:
@@ -92,9 +82,8 @@ class GatedTiles {
 
   __aicore__ inline void store(int32_t i, int32_t turn, int64_t row, int32_t column, int32_t rows, int32_t columns) {
     const GlobalTensor<T> to = out_[i];
-    const DataCopyExtParams shape(static_cast<uint16_t>(rows), static_cast<uint32_t>(columns * sizeof(T)), 0,
-                                  static_cast<uint32_t>((shape_.width - columns) * sizeof(T)), 0);
-    DataCopyPad(to[row * shape_.width + column], input(kInputs - kOutputs + i, turn), shape);
+    store_rows_apart(to[row * shape_.width + column], input(kInputs - kOutputs + i, turn), rows, columns, shape_.width,
+                     columns);
   }
 
   TPipe& pipe_;
@@ -102,7 +91,7 @@ class GatedTiles {
   GlobalTensor<T> in_[kInputs], out_[kOutputs];
   TBuf<TPosition::VECIN> buffer_;
   TBuf<TPosition::VECCALC> wide_buffer_;
-  TEventID filled_[2], computed_[2], emptied_[2];
+  TileEvents events_;
   int32_t tile_;
 };
 
