@@ -1,7 +1,7 @@
 """The records: every operator that `pyalpaca bench kernels` measures, in the order of the table."""
 
 from pyalpaca.bench.kernels.operator import Operator
-from pyalpaca.bench.kernels.records import adamw, attention, decode, linear, lora, loss, norms, quantized, rope, swiglu
+from pyalpaca.bench.kernels.records import adamw, attention, decode, linear, lora, loss, norms, packed, quantized, rope, swiglu
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -15,6 +15,7 @@ OPERATORS: dict[str, Operator] = {
         linear.LINEAR,
         quantized.LINEAR_QUANTIZED,
         attention.FLASH_ATTENTION,
+        packed.FLASH_ATTENTION_PACKED,
         decode.CACHED_ATTENTION,
         loss.LINEAR_CROSS_ENTROPY,
         adamw.ADAMW,
