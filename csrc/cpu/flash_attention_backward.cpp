@@ -1,7 +1,9 @@
 // Gradients of attention, the probabilities computed anew from the logsumexp (Dao 2023, algorithm 2).
 //
 // A task is one key head with all its query heads: it owns dk and dv and the dq of those heads, so nothing is shared
-// between threads and the sums have one order. With p = exp(q k^T - lse) and delta = sum(dout * out):
+// between threads and the sums have one order. Where that makes too few tasks, as of one sequence with one key head,
+// the query heads of a key head are dealt out too, and the parts of dk and dv added up at the end, always in one order.
+// With p = exp(q k^T - lse) and delta = sum(dout * out):
 //   dv = p^T dout,   ds = p * (dout v^T - delta),   dq = scale ds k,   dk = scale ds^T q.
 #include "cpu/attention.h"
 #include "cpu/gemm.h"
@@ -149,9 +151,17 @@ void store_head(const float* from, float factor, void* to, int64_t tokens, int64
   }
 }
 
+// A task: query heads [group part / parts, group (part + 1) / parts) of a key head. `sums`: room for dk and dv, keys x
+// width each, that are to be added to others'; null if they are all there is.
+struct Task {
+  int64_t kv_head, part, parts;
+  float* sums;
+};
+
 template <class T>
-void run(const FlashAttentionBackward& a, int64_t kv_head) {
+void run(const FlashAttentionBackward& a, const Task& task) {
   const AttentionShape& s = a.shape;
+  const int64_t kv_head = task.kv_head;
   const int64_t d = s.head_dim, width = padded(d), group = s.heads / s.kv_heads, end = round_up(s.queries, kColumns);
   const int64_t floats =
       2 * end * width + 3 * end * d + 2 * end + 2 * s.keys * width + 2 * kBlock * width + 2 * kBlock * kScoreRow;
@@ -161,13 +171,14 @@ void run(const FlashAttentionBackward& a, int64_t kv_head) {
   m.q = take(end * width), m.dout = take(end * width);
   m.q_T = take(end * d), m.dout_T = take(end * d), m.dq_T = take(end * d);
   m.delta = take(end), m.lse = take(end);
-  m.dk = take(s.keys * width), m.dv = take(s.keys * width);
+  m.dk = task.sums == nullptr ? take(2 * s.keys * width) : task.sums, m.dv = m.dk + s.keys * width;
   m.keys = take(kBlock * width), m.values = take(kBlock * width);
   m.p = take(kBlock * kScoreRow), m.ds = take(kBlock * kScoreRow);
 
   std::memset(m.dk, 0, static_cast<size_t>(s.keys * width) * sizeof(float));
   std::memset(m.dv, 0, static_cast<size_t>(s.keys * width) * sizeof(float));
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+  const int64_t first_head = kv_head * group + group * task.part / task.parts;
+  for (int64_t head = first_head; head < kv_head * group + group * (task.part + 1) / task.parts; ++head) {
     load_head<T>(a, m, head);
     const int64_t last_key = seen(s, s.queries - 1, 0, s.keys);
     for (int64_t block = 0; block < last_key; block += kBlock) {
@@ -185,8 +196,26 @@ void run(const FlashAttentionBackward& a, int64_t kv_head) {
     }
     store_head<T>(m.q, s.scale, a.dq, s.queries, s.heads, head, d);
   }
+  if (task.sums != nullptr) return;
   store_head<T>(m.dk, 1.0f, a.dk, s.keys, s.kv_heads, kv_head, d);
   store_head<T>(m.dv, 1.0f, a.dv, s.keys, s.kv_heads, kv_head, d);
+}
+
+// dk and dv of keys [first, last) of a key head: the sum of its parts, which lie one after the other from `sums` on.
+template <class T>
+void add_parts(FlashAttentionBackward a, int64_t kv_head, int64_t parts, float* sums, int64_t first, int64_t last) {
+  const AttentionShape& s = a.shape;
+  const int64_t d = s.head_dim, width = padded(d);
+  void* results[] = {a.dk, a.dv};
+  for (void* to : results) {
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* from = sums + 2 * part * s.keys * width;
+      for (int64_t i = first * width; i < last * width; i += kLanes) store(sums + i, load(sums + i) + load(from + i));
+    }
+    advance(to, first * s.kv_heads * d, element_of(a.dtype));
+    store_head<T>(sums + first * width, 1.0f, to, last - first, s.kv_heads, kv_head, d);
+    sums += s.keys * width;
+  }
 }
 
 }  // namespace
@@ -195,13 +224,38 @@ void flash_attention_backward(const FlashAttentionBackward& a) {
   const AttentionShape& s = a.shape;
   const int64_t tasks = s.batch * s.kv_heads;
   const int64_t threads = worthy_threads(5 * count_scores(s, a.packed) * s.head_dim, num_threads());
+  const bool few = threads > 1 && tasks < 2 * threads;
+  const int64_t parts = few ? max(min(s.heads / s.kv_heads, (2 * threads + tasks - 1) / max(tasks, 1)), 1) : 1;
+  const bool packed = a.packed.q_starts != nullptr;
+  const int64_t width = padded(s.head_dim), all_keys = packed ? a.packed.kv_starts[s.batch] : s.batch * s.keys;
+  float* const sums = parts == 1 ? nullptr : scratch(2 * all_keys * s.kv_heads * parts * width, 1);
+  // Calls f(the sequence alone, key head, where its parts' sums begin).
+  const auto of_pair = [&](int64_t pair, const auto& f) {
+    const int64_t sequence = sequence_at(a.packed, pair / s.kv_heads), kv_head = pair % s.kv_heads;
+    const FlashAttentionBackward own = alone(a, sequence);
+    const int64_t key = packed ? a.packed.kv_starts[sequence] : sequence * s.keys;
+    float* const begin =
+        parts == 1 ? nullptr : sums + 2 * (key * s.kv_heads + kv_head * own.shape.keys) * parts * width;
+    with_type(a.dtype, [&](auto type) { f(type, own, kv_head, begin); });
+  };
   Queue queue;
-  parallel(min(threads, tasks), 1, [&](int64_t, int64_t) {
-    for (int64_t t = queue.take(); t < tasks; t = queue.take()) {
-      const FlashAttentionBackward own = alone(a, sequence_at(a.packed, t / s.kv_heads));
-      with_type(a.dtype, [&](auto type) { run<typename decltype(type)::type>(own, t % s.kv_heads); });
+  parallel(min(threads, tasks * parts), 1, [&](int64_t, int64_t) {
+    for (int64_t t = queue.take(); t < tasks * parts; t = queue.take()) {
+      of_pair(t / parts, [&](auto type, const FlashAttentionBackward& own, int64_t kv_head, float* begin) {
+        const int64_t part = t % parts;
+        float* const own_sums = parts == 1 ? nullptr : begin + 2 * part * own.shape.keys * width;
+        run<typename decltype(type)::type>(own, {kv_head, part, parts, own_sums});
+      });
     }
   });
+  if (parts == 1) return;
+  for (int64_t pair = 0; pair < tasks; ++pair) {
+    of_pair(pair, [&](auto type, const FlashAttentionBackward& own, int64_t kv_head, float* begin) {
+      parallel(own.shape.keys, kBlock, [&](int64_t first, int64_t last) {
+        add_parts<typename decltype(type)::type>(own, kv_head, parts, begin, first, last);
+      });
+    });
+  }
 }
 
 }  // namespace pyalpaca::cpu::PYALPACA_ISA
