@@ -1,5 +1,7 @@
 // The softmax of a row of logits and its gradient, each in one pass over memory: a block of a row stays in the nearest
 // cache while its largest value and its exponentials are taken (Milakov and Gimelshein 2018).
+#include <cmath>
+
 #include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
 #include "cpu/stream.h"
@@ -54,11 +56,8 @@ void softmax_row(const T* row, int64_t columns, float* top, float* total) {
 }
 
 template <class T>
-void gradient_row(T* row, int64_t columns, float top, float factor, float share, int64_t label) {
-  if (share == 0.0f) {  // whatever its logits are
-    std::memset(row, 0, static_cast<size_t>(columns) * sizeof(T));
-    return;
-  }
+void gradient_row(T* row, int64_t columns, float top, float total, float scale, int64_t label) {
+  const float factor = scale / total;
   const float probability = label < 0 ? 0.0f : exp(splat(load_one(row + label) - top))[0] * factor;
   int64_t c = 0;
   for (; c + kStep <= columns; c += kStep) {
@@ -68,7 +67,7 @@ void gradient_row(T* row, int64_t columns, float top, float factor, float share,
   for (; c < columns; c += kLanes) {
     store_first(row + c, exp(load_first(row + c, columns - c) - top) * factor, columns - c);
   }
-  if (label >= 0) store_one(row + label, probability - share);
+  if (label >= 0) store_one(row + label, probability - scale);
 }
 
 template <class F>
@@ -93,9 +92,16 @@ void logit_sums(const LogitSums& a) {
   });
 }
 
-void logit_gradient(const LogitGradient& a) {
+void logit_loss(const LogitLoss& a) {
   each_row(a.rows, [&](int64_t i, auto* row, int64_t label) {
-    gradient_row(row, a.rows.columns, a.top[i], a.share[i] / a.total[i], a.share[i], label);
+    const bool ignored = a.rows.labels[i] == kIgnored;
+    a.losses[i] = ignored ? 0.0f : std::log(a.total[i]) + a.top[i] - a.target[i];
+    if (!a.gradient) return;
+    if (ignored) {  // whatever its logits are
+      std::memset(row, 0, static_cast<size_t>(a.rows.columns) * sizeof(*row));
+    } else {
+      gradient_row(row, a.rows.columns, a.top[i], a.total[i], a.scale, label);
+    }
   });
 }
 

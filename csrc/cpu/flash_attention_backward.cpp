@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kTile = 128;                 // queries, in panels of kColumns
 constexpr int64_t kBlock = 128;                // keys
+constexpr int64_t kFewTasks = 8;               // that are worth cutting
 constexpr int64_t kScoreRow = kTile + kLanes;  // not a power of two, which would share cache sets
 
 // The row length of what is multiplied column panel by column panel.
@@ -223,9 +224,11 @@ void add_parts(FlashAttentionBackward a, int64_t kv_head, int64_t parts, float* 
 void flash_attention_backward(const FlashAttentionBackward& a) {
   const AttentionShape& s = a.shape;
   const int64_t tasks = s.batch * s.kv_heads;
-  const int64_t threads = worthy_threads(5 * count_scores(s, a.packed) * s.head_dim, num_threads());
-  const bool few = threads > 1 && tasks < 2 * threads;
-  const int64_t parts = few ? max(min(s.heads / s.kv_heads, (2 * threads + tasks - 1) / max(tasks, 1)), 1) : 1;
+  if (tasks == 0) return;
+  const int64_t work = 5 * count_scores(s, a.packed) * s.head_dim, threads = worthy_threads(work, num_threads());
+  // Of the shapes alone, so that the sums are the same for any number of threads.
+  const bool few = tasks < kFewTasks && worthy_threads(work, 2) > 1;
+  const int64_t parts = few ? max(min(s.heads / s.kv_heads, (kFewTasks + tasks - 1) / tasks), 1) : 1;
   const bool packed = a.packed.q_starts != nullptr;
   const int64_t width = padded(s.head_dim), all_keys = packed ? a.packed.kv_starts[s.batch] : s.batch * s.keys;
   float* const sums = parts == 1 ? nullptr : scratch(2 * all_keys * s.kv_heads * parts * width, 1);

@@ -19,6 +19,6 @@ void lora_merge(const LoraMerge& a);
 void linear(const Linear& a);
 void product_sum(const ProductSum& a);
 void logit_sums(const LogitSums& a);
-void logit_gradient(const LogitGradient& a);
+void logit_loss(const LogitLoss& a);
 
 }  // namespace pyalpaca::cpu::PYALPACA_ISA

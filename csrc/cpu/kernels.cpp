@@ -44,7 +44,7 @@ namespace {
       isa::linear,                   \
       isa::product_sum,              \
       isa::logit_sums,               \
-      isa::logit_gradient,           \
+      isa::logit_loss,               \
   }
 
 struct InstructionSet {

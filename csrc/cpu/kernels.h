@@ -174,7 +174,7 @@ struct ProductSum {
 struct LogitRows {
   Dtype dtype;
   void* logits;           // (rows, columns)
-  const int64_t* labels;  // (rows), of the whole vocabulary; one that has no column here counts for nothing
+  const int64_t* labels;  // (rows), of the whole vocabulary; one that has no column here has no logit here
   int64_t start, rows, columns;
 };
 
@@ -184,11 +184,16 @@ struct LogitSums {
   float *top, *total, *target;  // (rows)
 };
 
-// Logits become share * (exp(logit - top) / total - [their column is the label]); 0 where the share is.
-struct LogitGradient {
+// The loss log(total) + top - target of each row, 0 where its label is kIgnored; then, if `gradient`, its logits become
+// scale * (exp(logit - top) / total - [their column is the label]), or 0 too.
+struct LogitLoss {
   LogitRows rows;
-  const float *top, *total, *share;  // (rows)
+  const float *top, *total, *target;  // (rows)
+  float scale;
+  bool gradient;
+  float* losses;  // (rows)
 };
+constexpr int64_t kIgnored = -100;
 
 constexpr int64_t kBlockRows = 378;  // of a product: whole panels, which for so many fit the cache that all cores share
 
@@ -264,7 +269,7 @@ struct Kernels {
   void (*linear)(const Linear&);
   void (*product_sum)(const ProductSum&);
   void (*logit_sums)(const LogitSums&);
-  void (*logit_gradient)(const LogitGradient&);
+  void (*logit_loss)(const LogitLoss&);
 };
 
 const Kernels& kernels();

@@ -2,11 +2,11 @@
 // chunks of tokens.
 //
 // logit_sums(logits (T, V), labels int64 (T), start) -> fp32 (3, T): the largest logit, the sum of exp(logit - largest)
-// and the label's logit, 0 where it is not among the V from `start` on. logit_gradient_(logits, labels, start, sums,
-// share fp32 (T)): they become share (exp(logit - sums[0]) / sums[1] - [label]).
-// linear_dweight_split(dy (T, N), x (T, K), of a half type) -> total like x (N, K), lower int16 (N, K): the upper and
-// lower halves of dy^T x in fp32. linear_dweight_add_split_(total, lower, dy, x, last) adds another one; with the last
-// one total becomes the sum itself, rounded.
+// and the label's logit, 0 where it is not among the V from `start` on. logit_loss_(logits, labels, start, sums, scale,
+// gradient) -> fp32 (T): log(sums[1]) + sums[0] - sums[2], 0 for the label -100; if `gradient`, the logits become scale
+// x its gradient. linear_dweight_split(dy (T, N), x (T, K), of a half type) -> total like x (N, K), lower int16 (N, K):
+// the upper and lower halves of dy^T x in fp32. linear_dweight_add_split_(total, lower, dy, x, last) adds another one;
+// with the last one total becomes the sum itself, rounded.
 #include "ops/common.h"
 #include "ops/product.h"
 
@@ -48,23 +48,23 @@ Tensor sums_cpu(const Tensor& logits, const Tensor& labels, int64_t start) {
   return sums;
 }
 
-void gradient_meta(Tensor& logits, const Tensor& labels, int64_t, const Tensor& sums, const Tensor& share) {
-  check_logits("logit_gradient_", logits, labels);
-  check_shape("logit_gradient_: sums", sums, {3, logits.sym_size(0)});
-  check_shape("logit_gradient_: share", share, {logits.sym_size(0)});
-  for (const Tensor& x : {sums, share}) {
-    TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.device() == logits.device(), "logit_gradient_: found ",
-                      x.scalar_type(), " on ", x.device(), ", expected sums and share float32 on ", logits.device());
-  }
+Tensor loss_meta(Tensor& logits, const Tensor& labels, int64_t, const Tensor& sums, double, bool) {
+  check_logits("logit_loss_", logits, labels);
+  check_shape("logit_loss_: sums", sums, {3, logits.sym_size(0)});
+  TORCH_CHECK_VALUE(sums.scalar_type() == at::kFloat && sums.device() == logits.device(), "logit_loss_: sums are ",
+                    sums.scalar_type(), " on ", sums.device(), ", expected float32 on ", logits.device());
+  return at::empty_symint({logits.sym_size(0)}, sums.options());
 }
 
-void gradient_cpu(Tensor& logits, const Tensor& labels, int64_t start, const Tensor& sums, const Tensor& share) {
-  gradient_meta(logits, labels, start, sums, share);
-  check_contiguous("logit_gradient_: logits", logits);
-  const Tensor labels1 = labels.contiguous(), sums1 = sums.contiguous(), share1 = share.contiguous();
+Tensor loss_cpu(Tensor& logits, const Tensor& labels, int64_t start, const Tensor& sums, double scale, bool gradient) {
+  const Tensor losses = loss_meta(logits, labels, start, sums, scale, gradient);
+  check_contiguous("logit_loss_: logits", logits);
+  const Tensor labels1 = labels.contiguous(), sums1 = sums.contiguous();
   const float* from = sums1.const_data_ptr<float>();
-  cpu::kernels().logit_gradient(
-      {rows_of_logits(logits, labels1, start), from, from + logits.size(0), share1.const_data_ptr<float>()});
+  const int64_t rows = logits.size(0);
+  cpu::kernels().logit_loss({rows_of_logits(logits, labels1, start), from, from + rows, from + 2 * rows,
+                             static_cast<float>(scale), gradient, losses.mutable_data_ptr<float>()});
+  return losses;
 }
 
 void check_split(const std::string& name, const Tensor& dy, const Tensor& x) {
@@ -125,7 +125,7 @@ void add_split_cpu(Tensor& total, Tensor& lower, const Tensor& dy, const Tensor&
 
 TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
   m.def("logit_sums(Tensor logits, Tensor labels, int start) -> Tensor", {at::Tag::pt2_compliant_tag});
-  m.def("logit_gradient_(Tensor(a!) logits, Tensor labels, int start, Tensor sums, Tensor share) -> ()",
+  m.def("logit_loss_(Tensor(a!) logits, Tensor labels, int start, Tensor sums, float scale, bool gradient) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def("linear_dweight_split(Tensor dy, Tensor x) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
   m.def("linear_dweight_add_split_(Tensor(a!) total, Tensor(b!) lower, Tensor dy, Tensor x, bool last) -> ()",
@@ -133,13 +133,13 @@ TORCH_LIBRARY_FRAGMENT(pyalpaca, m) {
 }
 TORCH_LIBRARY_IMPL(pyalpaca, Meta, m) {
   m.impl("logit_sums", sums_meta);
-  m.impl("logit_gradient_", gradient_meta);
+  m.impl("logit_loss_", loss_meta);
   m.impl("linear_dweight_split", split_meta);
   m.impl("linear_dweight_add_split_", add_split_meta);
 }
 TORCH_LIBRARY_IMPL(pyalpaca, CPU, m) {
   m.impl("logit_sums", sums_cpu);
-  m.impl("logit_gradient_", gradient_cpu);
+  m.impl("logit_loss_", loss_cpu);
   m.impl("linear_dweight_split", split_cpu);
   m.impl("linear_dweight_add_split_", add_split_cpu);
 }

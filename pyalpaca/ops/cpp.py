@@ -145,8 +145,12 @@ def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
     return sums_3T
 
 
-def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
-    torch.ops.pyalpaca.logit_gradient_.default(logits_TV, labels_T, start, sums_3T, share_T)
+def logit_loss_(
+    logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, scale: float | Tensor, gradient: bool
+) -> Tensor:
+    operator = torch.ops.pyalpaca.logit_loss_.default
+    losses_T: Tensor = operator(logits_TV, labels_T, start, sums_3T, float(scale), gradient)
+    return losses_T
 
 
 def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pyalpaca.ops.operators import (
     linear_dweight_add_split_,
     linear_dweight_split,
     linear_dx,
-    logit_gradient_,
+    logit_loss_,
     logit_sums,
 )
 
@@ -82,7 +82,10 @@ def linear_cross_entropy(
 
 
 def _check_labels(labels: Tensor, vocabulary: int) -> None:
-    if labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocabulary):
+    if labels.numel() == 0:
+        return
+    least, most = labels.aminmax()
+    if int(least) >= 0 and int(most) < vocabulary:
         return
     known = ((labels >= 0) & (labels < vocabulary)) | (labels == IGNORED)
     if not known.all():
@@ -98,24 +101,24 @@ Held = tuple[Tensor | None, Tensor | None]
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, scale: float | Tensor, shards: Shards) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=x_TD.device)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        tokens = len(x_TD)
-        step = chunk_tokens(tokens, shards.rows or len(weight_VD), x_TD.element_size())
-        dx_TD = torch.empty_like(x_TD)
-        dweight: Held = (torch.zeros_like(weight_VD) if needs_weight and not tokens else None, None)
-        for first in range(0, tokens, max(step, 1)):
-            rows, last = slice(first, first + step), first + step >= tokens
-            x, labels = x_TD[rows], labels_T[rows]
-            losses, gradient = _chunk(x, weight_VD, labels, scale, shards, gradient=needs_x or needs_weight)
-            total += losses.double().sum()
+        step = max(chunk_tokens(len(x_TD), shards.rows or len(weight_VD), x_TD.element_size()), 1)
+        chunks = list(zip(x_TD.split(step), labels_T.split(step), strict=True))
+        losses: list[Tensor] = []
+        dxs: list[Tensor] = []
+        dweight: Held = None, None
+        for x, labels in chunks:
+            loss_T, gradient = _chunk(x, weight_VD, labels, scale, shards, gradient=needs_x or needs_weight)
+            losses.append(loss_T.sum(dtype=torch.float64))
             if needs_x:
-                dx_TD[rows] = linear_dx(gradient, weight_VD)
+                dxs.append(linear_dx(gradient, weight_VD))
             if needs_weight:
+                last = len(losses) == len(chunks)
                 dweight = _add_dweight(dweight, gradient.to(weight_VD.dtype), x.to(weight_VD.dtype), last)
             del gradient  # before the next one is made
-        ctx.found = dx_TD if needs_x else None, dweight[0]
-        return (total * scale).float()
+        dweight_VD, dweight = dweight[0], (None, None)
+        ctx.found = (dxs[0] if len(dxs) == 1 else torch.cat(dxs)) if needs_x else None, dweight_VD
+        return (sum(losses[1:], losses[0]) * scale).float()
 
     @staticmethod
     @once_differentiable
@@ -141,12 +144,7 @@ def _chunk(
         here_T, total_T, target_T = sums_3T
         top_T = shards.maximum(here_T.clone())
         sums_3T = torch.cat((top_T[None], shards.total(torch.stack((total_T * (here_T - top_T).exp(), target_T)))))
-    top_T, total_T, target_T = sums_3T
-    counted_T = labels_T != IGNORED
-    losses_T = (total_T.log() + top_T - target_T).where(counted_T, 0.0)
-    if gradient:
-        logit_gradient_(logits_TV, labels_T, shards.start, sums_3T, (counted_T * scale).float())
-    return losses_T, logits_TV
+    return logit_loss_(logits_TV, labels_T, shards.start, sums_3T, scale, gradient), logits_TV
 
 
 def _add_dweight(held: Held, dy_TV: Tensor, x_TD: Tensor, last: bool) -> Held:

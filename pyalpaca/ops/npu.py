@@ -180,8 +180,10 @@ def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
     return reference.logit_sums(logits_TV, labels_T, start)
 
 
-def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
-    reference.logit_gradient_(logits_TV, labels_T, start, sums_3T, share_T)
+def logit_loss_(
+    logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, scale: float | Tensor, gradient: bool
+) -> Tensor:
+    return reference.logit_loss_(logits_TV, labels_T, start, sums_3T, scale, gradient)
 
 
 def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

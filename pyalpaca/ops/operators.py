@@ -166,13 +166,15 @@ def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
     return choose("linear", logits_TV).logit_sums(logits_TV, labels_T, start)
 
 
-def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
-    """Logits become the gradient of their cross entropy times the token's share, fp32 (T), in place: share * (softmax - label).
+def logit_loss_(
+    logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, scale: float | Tensor, gradient: bool
+) -> Tensor:
+    """The cross entropy of each token -> fp32 (T), 0 for the label -100; if `gradient`, the logits become scale x its gradient.
 
-    sums are what `logit_sums` gives, over the whole vocabulary: softmax = exp(logit - sums[0]) / sums[1]. A token whose share
-    is 0 has no gradient, whatever its logits are.
+    sums are what `logit_sums` gives, over the whole vocabulary: the loss is log(sums[1]) + sums[0] - sums[2], its gradient
+    exp(logit - sums[0]) / sums[1] - [label]. A token without a loss has no gradient, whatever its logits are.
     """
-    choose("linear", logits_TV).logit_gradient_(logits_TV, labels_T, start, sums_3T, share_T)
+    return choose("linear", logits_TV).logit_loss_(logits_TV, labels_T, start, sums_3T, scale, gradient)
 
 
 def linear_quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -174,15 +174,17 @@ def logit_sums(logits_TV: Tensor, labels_T: Tensor, start: int) -> Tensor:
     return torch.stack((top_T1.squeeze(-1), weights_TV.sum(-1), target_T))
 
 
-def logit_gradient_(logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, share_T: Tensor) -> None:
-    """The logits become share * (exp(logit - top) / total - [label]), 0 where the share is."""
-    if not logits_TV.shape[1]:
-        return
-    top_T, total_T, _ = sums_3T
-    gradient_TV = (_wide(logits_TV) - top_T.unsqueeze(-1)).exp_().mul_((share_T / total_T).unsqueeze(-1))
-    index_T1, mine_T = _columns(labels_T, start, logits_TV.shape[1])
-    gradient_TV.scatter_add_(-1, index_T1, -(share_T * mine_T).to(gradient_TV.dtype).unsqueeze(-1))
-    logits_TV.copy_(gradient_TV.where((share_T != 0).unsqueeze(-1), 0.0))
+def logit_loss_(
+    logits_TV: Tensor, labels_T: Tensor, start: int, sums_3T: Tensor, scale: float | Tensor, gradient: bool
+) -> Tensor:
+    """The cross entropy of each row, 0 for the label -100; its gradient times `scale` in the logits' place if it is wanted."""
+    (top_T, total_T, target_T), counted_T = sums_3T, labels_T != -100
+    if gradient and logits_TV.shape[1]:
+        gradient_TV = (_wide(logits_TV) - top_T.unsqueeze(-1)).exp_().div_(total_T.unsqueeze(-1))
+        index_T1, mine_T = _columns(labels_T, start, logits_TV.shape[1])
+        gradient_TV.scatter_add_(-1, index_T1, -mine_T.to(gradient_TV.dtype).unsqueeze(-1))
+        logits_TV.copy_((gradient_TV * scale).where(counted_T.unsqueeze(-1), 0.0))
+    return (total_T.log() + top_T - target_T).where(counted_T, 0.0)
 
 
 def _columns(labels_T: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ def check_threads() -> int:
 
 
 KERNELS = ("rms_norm", "rope", "swiglu", "adamw", "flash_attention", "flash_attention_backward", "decode_attention")
-KERNELS += ("store_cache", "linear", "lora_merge")
+KERNELS += ("store_cache", "linear", "lora_merge", "product_sum", "cross_entropy")
 
 
 def main() -> int:

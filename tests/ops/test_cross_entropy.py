@@ -12,7 +12,7 @@ from ops_cases import DTYPES, TOLERANCE, assert_near, backends_here, not_contigu
 from torch import Tensor
 
 from pyalpaca.ops import Shards, backend, chunk_tokens, linear_cross_entropy, reference
-from pyalpaca.ops.operators import linear_dweight_add_split_, linear_dweight_split, logit_gradient_, logit_sums
+from pyalpaca.ops.operators import linear_dweight_add_split_, linear_dweight_split, logit_loss_, logit_sums
 
 BACKENDS = backends_here()
 
@@ -124,22 +124,22 @@ def test_parts_of_the_vocabulary_give_the_whole() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 31, 70, 2048, 5003])
-def test_sums_and_gradient_of_logits_equal_the_oracle(name: str, dtype: torch.dtype, columns: int) -> None:
+def test_sums_losses_and_gradient_of_logits_equal_the_oracle(name: str, dtype: torch.dtype, columns: int) -> None:
     logits = 8 * random(6, columns, dtype=dtype)
     logits[1, columns // 2], logits[2] = -torch.inf, -torch.inf
-    labels, share = torch.tensor([10, 9, 10 + columns, -100, 9 + columns, 10]), random(6)
-    share[3] = 0.0
+    labels = torch.tensor([10, 9, 10 + columns, -100, 9 + columns, 10])
     wide = logits.double()
-    expected = reference.logit_sums(wide, labels, 10)
+    top, total, target = reference.logit_sums(wide, labels, 10)
     with backend(name):
         sums = logit_sums(logits, labels, 10)
-        assert_near(sums, expected, 4e-6)
-        gradient = logits.clone()
-        logit_gradient_(gradient, labels, 10, sums, share)
-    probabilities = (wide - expected[0, :, None]).exp() / expected[1, :, None]
+        losses, gradient = logit_loss_(logits.clone(), labels, 10, sums, 0.5, gradient=False), logits.clone()
+        assert torch.equal(logit_loss_(gradient, labels, 10, sums, 0.5, gradient=True).nan_to_num(7), losses.nan_to_num(7))
+    assert_near(sums, torch.stack((top, total, target)), 4e-6)
+    assert_near(losses, (wide.logsumexp(-1) - target).where(labels != -100, 0.0), 4e-6)
     hot = torch.zeros_like(wide)
     hot[0, 0] = hot[4, -1] = hot[5, 0] = 1.0
-    expected = (share.double()[:, None] * (probabilities - hot)).where((share != 0)[:, None], 0.0)
+    expected = 0.5 * (wide.softmax(-1) - hot)
+    expected[3] = 0.0
     assert_near(gradient, expected, TOLERANCE[dtype])
 
 
@@ -151,8 +151,8 @@ def test_a_logit_that_is_not_finite_is_not_hidden_but_where_no_loss_is_taken(nam
     logits[:2, 2500] = value
     with backend(name):
         sums = logit_sums(logits, labels, 0)
-        logit_gradient_(logits, labels, 0, sums, (labels != -100).float())
-    assert sums[1, 0].isnan() and torch.isfinite(sums[:, 2]).all()
+        losses = logit_loss_(logits, labels, 0, sums, 1.0, gradient=True)
+    assert losses[0].isnan() and losses[1] == 0 and torch.isfinite(losses[2])
     assert logits[0, 2500].isnan() and (logits[1] == 0).all() and torch.isfinite(logits[2]).all()
 
 
@@ -222,7 +222,7 @@ print(run(8000) - before)
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, labels = random(7, 16).requires_grad_(), random(11, 16).requires_grad_(), labels_of(7, vocabulary=11)
     expected = linear_cross_entropy(x, weight, labels).detach()
-    for name in ("linear_dx", "linear_dweight", "logit_gradient_"):
+    for name in ("linear_dx", "linear_dweight"):
         monkeypatch.setattr(f"pyalpaca.ops.cross_entropy.{name}", lambda *args: pytest.fail("a gradient was made"))
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(x, weight, labels), expected)

@@ -45,6 +45,7 @@ CASES = [
     Case(queries=200, keys=33, causal=False),
     Case(heads=6, kv_heads=2, queries=70, keys=70, batch=2),
     Case(heads=8, kv_heads=1, queries=31, keys=150, q_offset=119),
+    Case(heads=7, kv_heads=1, queries=140, keys=140, head_dim=40),
     Case(queries=1, keys=300, q_offset=299, head_dim=64, heads=4),
     Case(queries=1, keys=129, q_offset=128, head_dim=72, heads=4, kv_heads=1),
     Case(queries=3, keys=40, q_offset=20),
@@ -153,6 +154,19 @@ def test_the_same_gradients_in_every_run(name: str) -> None:
     case = Case(queries=120, keys=120, heads=4)
     first, second = (values_and_gradients(name, case.attend, case.inputs(torch.float32)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradients_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    case, before, found = Case(queries=200, keys=200, heads=7, kv_heads=1, head_dim=64), torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(values_and_gradients(name, case.attend, case.inputs(torch.float32)))
+        finally:
+            torch.set_num_threads(before)
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y) if name == "cpp" else torch.allclose(x, y, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [Case(heads=4, queries=4, keys=5, head_dim=8, q_offset=-1), Case(queries=3, keys=4)], ids=str)

@@ -55,6 +55,8 @@ CASES = [
     Case((0, 0)),
 ]
 
+MANY, FEW = Case((300, 20, 150, 1, 400), heads=4, kv_heads=2, head_dim=64), Case((3, 240), heads=7, kv_heads=1, head_dim=64)
+
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,8 +67,8 @@ def test_equals_the_oracle(name: str, dtype: torch.dtype, case: Case) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_sequence_is_what_it_is_alone(name: str, threads: int) -> None:
-    case = Case((300, 20, 150, 1, 400), heads=4, kv_heads=2, head_dim=64)
+@pytest.mark.parametrize("case", [MANY, FEW], ids=["many", "few"])
+def test_a_sequence_is_what_it_is_alone(name: str, threads: int, case: Case) -> None:
     inputs, before = case.inputs(torch.float32), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

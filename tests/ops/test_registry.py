@@ -123,8 +123,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (random(4, 70), torch.tensor([3, -100, 72, 0]), 3),
             (random(70, 4, dtype=half).T, torch.tensor([3, -100, 69, 0]), 0),
         ],
-        "logit_gradient_": [
-            (random(4, 70, dtype=bf16), torch.tensor([3, -100, 72, 0]), 3, random(3, 4).abs(), random(4)),
+        "logit_loss_": [
+            (random(4, 70, dtype=bf16), torch.tensor([3, -100, 72, 0]), 3, random(3, 4).abs(), 0.5, True),
+            (random(4, 70), torch.tensor([3, -100, 69, 0]), 0, random(3, 4).abs(), 0.5, False),
         ],
         "linear_quantized": [
             (random(2, 3, 70).requires_grad_(), *pyalpaca.ops.quantize(random(5, 70), 4, 32), 32),

@@ -269,6 +269,37 @@ bool products_are_the_same() {
   return ok;
 }
 
+bool logits_are_the_same() {
+  const int64_t rows = 300, columns = 700, width = 96, size = rows * columns;
+  Floats logits = numbers(size, 1);
+  const Floats x = numbers(rows * width, 2);
+  std::vector<int64_t> labels(static_cast<size_t>(rows), 5);
+  const auto rows_of = [&](void* data, Dtype dtype) { return LogitRows{dtype, data, labels.data(), 3, rows, columns}; };
+  Floats sums(static_cast<size_t>(3 * rows));
+  bool ok = same("logit_sums", 3 * rows, [&](float* out) {
+    baseline::logit_sums({rows_of(logits.data(), Dtype::kFloat), out, out + rows, out + 2 * rows});
+    sums.assign(out, out + 3 * rows);
+  });
+  ok &= same("logit_loss", size + rows, [&](float* out) {
+    std::memcpy(out, logits.data(), logits.size() * sizeof(float));
+    const float *top = sums.data(), *total = top + rows, *target = total + rows;
+    baseline::logit_loss({rows_of(out, Dtype::kFloat), top, total, target, 0.5f, true, out + size});
+  });
+  ok &= same("product_sum", columns * width, [&](float* out) {  // the result, then the lower halves
+    std::memset(out, 0, static_cast<size_t>(columns * width) * sizeof(float));
+    uint16_t* const halves = reinterpret_cast<uint16_t*>(out);
+    Floats panels(static_cast<size_t>(panel_floats(columns, rows)) + 16);
+    for (const bool first : {true, false}) {
+      Linear a{};
+      a.a = {Storage::kFloat, logits.data(), columns, true}, a.b = {Storage::kFloat, x.data(), width, true};
+      a.dtype = Dtype::kBFloat16, a.out = halves, a.add = !first;
+      a.rows = columns, a.columns = width, a.depth = rows, a.panels = panels.data();
+      baseline::product_sum({a, halves + columns * width, !first});
+    }
+  });
+  return ok;
+}
+
 bool lists_are_the_same() {
   const int64_t counts[] = {100000, 7, 40000}, total = 140007;
   const Floats gradient = numbers(total, 1), start = numbers(total, 2);
@@ -300,6 +331,6 @@ bool lists_are_the_same() {
 
 int main() {
   const bool ok = rows_are_the_same() & heads_are_the_same() & sequences_are_the_same() & caches_are_the_same() &
-                  products_are_the_same() & lists_are_the_same();
+                  products_are_the_same() & logits_are_the_same() & lists_are_the_same();
   return ok ? 0 : 1;
 }
