@@ -188,11 +188,14 @@ def test_what_was_built_serves_the_operators_on_the_device(
     (package / setup_npu.BUILD_INFO).write_text(json.dumps(info))
     paths = os.pathsep.join([str(machine.packages), str(package.parent), str(Path(__file__).parent)])
 
-    def run(*command: str) -> str:
-        environment = machine.environment | {"PYTHONPATH": paths, "PYTHONWARNINGS": "error"}
-        done = subprocess.run(
+    def outcome(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = machine.environment | {"PYTHONPATH": paths, "PYTHONWARNINGS": "error"} | variables
+        return subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
+
+    def run(*command: str) -> str:
+        done = outcome(*command)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -203,3 +206,7 @@ def test_what_was_built_serves_the_operators_on_the_device(
             rf"{operator} +npu +the automatic choice, our kernel for ascend910b2, built with torch_npu 2.13.0", doctor
         )
     assert "as the oracle" in run(str(Path(__file__).with_name("on_the_device.py")))
+    # There a launch would do nothing and report success.
+    other = outcome(str(Path(__file__).with_name("on_the_device.py")), SIMULATED_SOC="Ascend310P3")
+    assert other.returncode != 0
+    assert "the NPU is Ascend310P3, expected Ascend 910B1 to B4 or 910_93" in other.stdout + other.stderr

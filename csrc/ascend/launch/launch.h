@@ -12,12 +12,21 @@
 #include <torch_npu/csrc/framework/OpCommand.h>
 
 #include <array>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 namespace pyalpaca_npu {
 
 using at::Tensor;
+
+// On a processor of another family the toolkit's launches print a line, do nothing and report success.
+inline void check_family(const char* soc) {
+  const std::string_view name(soc == nullptr ? "unknown" : soc);
+  const bool known = (name.rfind("Ascend910B", 0) == 0 && name != "Ascend910B") || name.rfind("Ascend910_93", 0) == 0;
+  TORCH_CHECK(known, "pyalpaca: the NPU is ", name,
+              ", expected Ascend 910B1 to B4 or 910_93; set PYALPACA_BACKEND=reference");
+}
 
 // How many cores of a kind a device has; asked once.
 template <aclDeviceInfo kind>
@@ -27,6 +36,7 @@ int64_t cores_of(const at::Device& device) {
   TORCH_CHECK(device.has_index() && index < known.size(), "pyalpaca: device ", device, ", expected one of the first ",
               known.size());
   if (known[index] == 0) {
+    check_family(aclrtGetSocName());
     int64_t count = 0;
     const aclError error = aclGetDeviceCapability(static_cast<uint32_t>(index), kind, &count);
     TORCH_CHECK(error == ACL_SUCCESS && count > 0, "pyalpaca: the number of cores of ", device,

@@ -6,12 +6,15 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/view_native.h>
+#include <acl/acl_base_rt.h>
 #include <acl/acl_rt.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 #include <torch_npu/csrc/core/npu/NPUStream.h>
 #include <torch_npu/csrc/framework/OpCommand.h>
+
+#include <cstdlib>
 
 extern "C" uint64_t emu_tensor(const char* name, const void* data, uint64_t bytes, int input);
 
@@ -100,6 +103,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 }  // namespace
 
+extern "C" const char* aclrtGetSocName() {
+  const char* other = std::getenv("SIMULATED_SOC");
+  return other != nullptr ? other : "Ascend910B2";
+}
 extern "C" aclError aclGetDeviceCapability(uint32_t, aclDeviceInfo what, int64_t* value) {
   *value = what == ACL_DEVICE_INFO_VECTOR_CORE_NUM ? 6 : 3;
   return ACL_SUCCESS;
