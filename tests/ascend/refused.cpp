@@ -45,4 +45,12 @@ template <typename A, typename B>
 constexpr bool adds = requires(LocalTensor<A> a, LocalTensor<B> b) { Add(a, a, b, 8); };
 static_assert(adds<float, float> && !adds<float, half>);
 
+// ---- numbers in a row, by lanes, go only where a tensor has a name
+template <typename Tensor>
+constexpr bool counts = requires(Tensor tensor) { CreateVecIndex(static_cast<Tensor>(tensor), 0.0f, 64u); };
+template <typename Tensor>
+constexpr bool counts_lanes =
+    requires(Tensor tensor) { CreateVecIndex(static_cast<Tensor>(tensor), 0.0f, uint64_t{64}, 1, 1, 8); };
+static_assert(counts<LocalTensor<float>> && counts_lanes<LocalTensor<float>&> && !counts_lanes<LocalTensor<float>>);
+
 }  // namespace

@@ -49,13 +49,13 @@ void Copy(const LocalTensor<T>& dst, const LocalTensor<T>& src, const uint64_t m
 }
 
 template <typename T>
-void CreateVecIndex(const LocalTensor<T>& dst, const T& first, uint32_t count, Where where = Where::here()) {
+void CreateVecIndex(LocalTensor<T> dst, const T& first, uint32_t count, Where where = Where::here()) {
   static_assert(emu::is_one_of<T, half, float, int16_t, int32_t>, "CreateVecIndex: no form for this type");
   emu::vector_op({"CreateVecIndex", where}, emu::VectorOp::kIndex, emu::operand(dst), nullptr, 0,
                  emu::count_lanes(count), &first, emu::dtype_of<T>);
 }
 template <typename T>
-void CreateVecIndex(const LocalTensor<T>& dst, const T& first, uint64_t mask, emu::Field<uint8_t> repeat,
+void CreateVecIndex(LocalTensor<T>& dst, const T& first, uint64_t mask, emu::Field<uint8_t> repeat,
                     emu::Field<uint16_t> block, emu::Field<uint8_t> stride, Where where = Where::here()) {
   static_assert(emu::is_one_of<T, half, float, int16_t, int32_t>, "CreateVecIndex: no form for this type");
   const emu::Call call{"CreateVecIndex", where};
