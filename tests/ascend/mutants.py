@@ -25,7 +25,7 @@ FLASH_FILES = {
     "flash_cube.h": ("flash_forward",),
     "flash_softmax.h": ("flash_forward", "flash_backward", "flash_rows"),
     "flash_forward_cube.h": ("flash_forward",),
-    "flash_forward_vector.h": ("flash_forward",),
+    "flash_forward_vector.h": ("flash_forward", "flash_decode", "flash_merge"),  # decoding's results are fp32
     "flash_backward_tasks.h": ("flash_backward", "flash_rows"),
     "flash_backward_cube.h": ("flash_backward", "flash_rows"),
     "flash_backward_vector.h": ("flash_backward", "flash_rows"),

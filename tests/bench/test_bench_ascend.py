@@ -14,8 +14,9 @@ import pytest
 from pyalpaca.bench.ascend import run
 from pyalpaca.bench.ascend.cases import CASES
 from pyalpaca.bench.ascend.library import build_folder, kernel_library, sources
-from pyalpaca.bench.ascend.processors import ASSUMED, PROCESSORS, Assumed
-from pyalpaca.bench.ascend.timeline import Launch, Reserved, Timeline, play
+from pyalpaca.bench.ascend.picture import Lane
+from pyalpaca.bench.ascend.processors import ASSUMED, PROCESSORS, Assumed, each_costlier
+from pyalpaca.bench.ascend.timeline import Entry, Launch, Reserved, Timeline, play
 
 B2 = PROCESSORS["B2"]
 CYCLE = 1 / 1.8e9
@@ -127,9 +128,40 @@ def test_the_command_writes_table_picture_trace_and_one_json_line(tmp_path: Path
     assert json.loads(files["json"].read_text()) == result
     assert files["plot"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     events = json.loads(files["trace"].read_text())["traceEvents"]
-    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} >= {"AIV V", "AIV MTE2", "AIV MTE3"}
+    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} >= {
+        "AIV V: vector",
+        "AIV MTE2: memory to UB",
+        "AIV MTE3: UB to memory",
+    }
+    assert events[0]["args"]["name"].endswith("; the vector core (AIV) of 40 that ends last")
     assert "modelled, never measured" in events[0]["args"]["name"] and "modelled, never measured" in files["markdown"].read_text()
     assert "rms_norm/bfloat16/512x1024" in files["csv"].read_text()
+
+
+def test_each_assumed_cost_is_doubled_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = each_costlier(ASSUMED, 2)
+    assert alone["issue"] == dataclasses.replace(ASSUMED, issue=16) and alone["cube_path"] == dataclasses.replace(
+        ASSUMED, cube_path=64
+    )
+    options = ["--kernel", "rms_norm", "--shapes", "512x1024", "--costs", "--markdown", str(tmp_path / "page.md")]
+    assert run.main(options) == 0
+    out = capsys.readouterr().out.splitlines()
+    (row,) = json.loads(out[-1])["rows"]
+    shares = row["limit_share_one_cost_doubled"]
+    assert set(shares) == {field.name for field in dataclasses.fields(Assumed)}
+    # Of a kernel without a cube core: those of cube cores cost nothing, those of vector cores less than all together.
+    assert shares["cube_path"] == shares["cube_start"] == row["limit_share"]
+    assert row["limit_share_costs_doubled"] < min(shares.values()) < row["limit_share"]
+    dearest = min(shares, key=lambda cost: shares[cost])
+    assert f"with one assumed cost doubled: {dearest} " in out[-2]
+    assert f"| {dearest} " in (tmp_path / "page.md").read_text()
+
+
+def test_a_lane_is_busy_in_the_time_that_is_shown() -> None:
+    entries = (Entry("V", 1.0, 3.0, "Add", 1), Entry("V", 7.0, 11.0, "Exp", 2), Entry("V", 12.0, 13.0, "Add", 3))
+    lane = Lane("AIV1", "V", entries)
+    assert lane.name == "AIV1 V: vector"
+    assert lane.busy(10.0) == pytest.approx(0.5) and lane.busy(20.0) == pytest.approx(7 / 20)
 
 
 @pytest.mark.parametrize(

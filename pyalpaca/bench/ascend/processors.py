@@ -9,7 +9,7 @@ refresh of HBM, unaligned addresses, the launch itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ def costlier(assumed: Assumed, factor: float) -> Assumed:
     """The same with every cost `factor` times as high, paths as much narrower: how much rests on what is assumed."""
     costs = {field.name: getattr(assumed, field.name) * factor for field in fields(assumed)}
     return Assumed(**costs | {"vector_path": assumed.vector_path / factor, "cube_path": assumed.cube_path / factor})
+
+
+def each_costlier(assumed: Assumed, factor: float) -> dict[str, Assumed]:
+    """By the name of a cost, the same with that one alone `factor` times as high."""
+    all_costlier = costlier(assumed, factor)
+    return {field.name: replace(assumed, **{field.name: getattr(all_costlier, field.name)}) for field in fields(assumed)}
 
 
 def rates(processor: Processor, assumed: Assumed = ASSUMED) -> list[float]:

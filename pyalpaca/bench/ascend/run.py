@@ -16,7 +16,7 @@ from typing import Any
 from pyalpaca.bench.ascend.cases import CASES, PUBLISHED, Case, Shape
 from pyalpaca.bench.ascend.library import kernel_library
 from pyalpaca.bench.ascend.picture import LABEL, draw, trace
-from pyalpaca.bench.ascend.processors import ASSUMED, PROCESSORS, Processor, costlier
+from pyalpaca.bench.ascend.processors import ASSUMED, PROCESSORS, Assumed, Processor, costlier, each_costlier
 from pyalpaca.bench.ascend.timeline import Timeline, play
 from pyalpaca.bench.machine import rounded
 from pyalpaca.files import atomic_file
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--trace", type=Path, metavar="FILE", help="also write the pipes of one AI core for chrome://tracing or ui.perfetto.dev")
     add("--plot", type=Path, metavar="PNG", help="also draw the pipes of one AI core (needs matplotlib)")
     add("--window", type=float, metavar="US", help="microseconds that --plot shows (default: all)")
+    add("--costs", action="store_true", help="also double each assumed cost alone, to see which the figure rests on (slower)")
     add("--csv", type=Path, metavar="FILE", help="also write the rows as comma-separated values")
     add("--json", type=Path, metavar="FILE", help="also write the JSON object to a file")
     add("--markdown", type=Path, metavar="FILE", help="also write a page with the table and what it rests on")
@@ -87,11 +88,22 @@ def check(args: argparse.Namespace) -> None:
 
 
 def model(
-    library: ctypes.CDLL, name: str, case: Case, processor: Processor, shape: Shape, dtype: str, entries: bool
+    library: ctypes.CDLL,
+    name: str,
+    case: Case,
+    processor: Processor,
+    shape: Shape,
+    dtype: str,
+    entries: bool,
+    costs: bool = False,
 ) -> tuple[dict[str, Any], Timeline]:
-    """The row of one kernel, and the timeline of its first launch."""
+    """The row of one kernel, and the timeline of its first launch; `costs` adds the shares with each cost doubled alone."""
     work = case.make(library, processor, shape, dtype)
-    doubled = sum(play(library, launch, processor, costlier(ASSUMED, 2)).seconds for launch in work.launches)
+
+    def seconds_with(assumed: Assumed) -> float:
+        return sum(play(library, launch, processor, assumed).seconds for launch in work.launches)
+
+    doubled = seconds_with(costlier(ASSUMED, 2))
     timelines = [play(library, launch, processor, entries=entries) for launch in work.launches]
     seconds = sum(timeline.seconds for timeline in timelines)
     longest = max(timelines, key=lambda timeline: timeline.seconds)
@@ -114,6 +126,9 @@ def model(
         "cube_flops": sum(timeline.cube_flops for timeline in timelines),
         "launches": len(timelines),
     }
+    if costs:
+        alone = {cost: seconds_with(assumed) for cost, assumed in each_costlier(ASSUMED, 2).items()}
+        row["limit_share_one_cost_doubled"] = {cost: rounded(work.amount / taken / peak) for cost, taken in alone.items()}
     measured = PUBLISHED.get(name, {}).get(shape[1]) if processor.name == "910B2" and shape[-1] == 128 else None
     if measured:
         row["measured_by_others"] = {"vendor": measured[0], "best_public": measured[1]}
@@ -143,6 +158,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([f"{LABEL}: no NPU took part", *text])
 
 
+def costs_table(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Of rows that have them: the share of the limit with each assumed cost doubled alone, the dearest first."""
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        if alone := row.get("limit_share_one_cost_doubled"):
+            order = sorted(alone, key=lambda cost: alone[cost])
+            shares = ", ".join(f"{cost} {alone[cost] * 100:.0f} %" for cost in order)
+            lines.append((row["name"], row["processor"], f"{row['limit_share'] * 100:.0f} %", shares))
+    return lines
+
+
 def page(result: Mapping[str, Any]) -> str:
     """The same as a page of Markdown, with what it rests on."""
     lines = [_COLUMNS, tuple("---" for _ in _COLUMNS), *(cells(row) for row in result["rows"])]
@@ -160,8 +186,18 @@ def page(result: Mapping[str, Any]) -> str:
             "",
             assumed,
             "",
+            *_costs_lines(result["rows"]),
         ]
     )
+
+
+def _costs_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = costs_table(rows)
+    if not lines:
+        return []
+    head = (("kernel", "processor", "of the limit", "with this cost alone doubled"), ("---",) * 4)
+    text = "Which of them the figures rest on: the share of the limit with one cost doubled, the dearest first."
+    return [text, "", *(f"| {' | '.join(line)} |" for line in [*head, *lines]), ""]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -178,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for shape in shapes:
                 for dtype in args.dtype:
                     entries = bool(args.plot or args.trace)
-                    row, timeline = model(library, name, case, PROCESSORS[soc], shape, dtype, entries)
+                    row, timeline = model(library, name, case, PROCESSORS[soc], shape, dtype, entries, args.costs)
                     title = f"{row['name']} on {row['processor']}"
                     rows.append(row)
     result = {
@@ -201,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         _write(args.json, json.dumps(result) + "\n")
     print(table(rows))
+    for kernel, soc, share, alone in costs_table(rows):
+        print(f"{kernel} on {soc}: {share} of its limit; with one assumed cost doubled: {alone}")
     print(json.dumps(result))
     return 0
 
