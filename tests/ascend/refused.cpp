@@ -45,6 +45,14 @@ template <typename A, typename B>
 constexpr bool adds = requires(LocalTensor<A> a, LocalTensor<B> b) { Add(a, a, b, 8); };
 static_assert(adds<float, float> && !adds<float, half>);
 
+// ---- a call of so many elements sets the mask by itself
+template <bool... set_mask>
+constexpr bool adds_all = requires(LocalTensor<float> a) { Add<float, set_mask...>(a, a, a, 8); };
+template <bool... set_mask>
+constexpr bool adds_lanes =
+    requires(LocalTensor<float> a) { Add<float, set_mask...>(a, a, a, uint64_t{8}, 1, BinaryRepeatParams()); };
+static_assert(adds_all<> && !adds_all<false> && adds_lanes<> && adds_lanes<false>);
+
 // ---- numbers in a row, by lanes, go only where a tensor has a name
 template <typename Tensor>
 constexpr bool counts = requires(Tensor tensor) { CreateVecIndex(static_cast<Tensor>(tensor), 0.0f, 64u); };

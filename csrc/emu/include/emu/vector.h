@@ -105,7 +105,7 @@ AscendC::UnaryRepeatParams without_gaps() {
 namespace AscendC {
 
 #define EMU_BINARY(name, op, ...)                                                                                    \
-  template <typename T, bool isSetMask = true>                                                                       \
+  template <typename T>                                                                                              \
   void name(const LocalTensor<T>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1, const int32_t& count, \
             Where where = Where::here()) {                                                                           \
     static_assert(emu::is_one_of<T, __VA_ARGS__>, #name ": no form for this type");                                  \
@@ -162,7 +162,7 @@ EMU_SCALAR(Mins, kMins, half, float, int16_t, int32_t)
 #undef EMU_SCALAR
 
 #define EMU_UNARY(name, op, ...)                                                                                       \
-  template <typename T, bool isSetMask = true>                                                                         \
+  template <typename T>                                                                                                \
   void name(const LocalTensor<T>& dst, const LocalTensor<T>& src, const int32_t& count, Where where = Where::here()) { \
     static_assert(emu::is_one_of<T, __VA_ARGS__>, #name ": no form for this type");                                    \
     emu::unary({#name, where}, emu::VectorOp::op, dst, src, emu::count_lanes(count));                                  \

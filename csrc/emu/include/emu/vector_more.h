@@ -6,7 +6,7 @@
 
 namespace AscendC {
 
-template <typename T, bool isSetMask = true>
+template <typename T>
 void Duplicate(const LocalTensor<T>& dst, const T& scalar, const int32_t& count, Where where = Where::here()) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4, "Duplicate: no form for this type");
   emu::vector_op({"Duplicate", where}, emu::VectorOp::kDuplicate, emu::operand(dst), nullptr, 0,
