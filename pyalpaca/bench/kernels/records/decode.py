@@ -10,29 +10,31 @@ from torch import Tensor
 
 from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work, compiled, plain
 from pyalpaca.bench.kernels.records.attention import heads_first, transformers_attention
+from pyalpaca.generate.cache import new_cache
+from pyalpaca.model import LlamaConfig
 from pyalpaca.ops import cached_attention, reference, store_cache
 
 SHAPES = {
     "llama7b/2048": (1, 32, 32, 128, 2048),
     "llama13b/2048": (1, 40, 40, 128, 2048),
     "grouped/8192": (1, 32, 8, 128, 8192),
+    "grouped8/8192": (1, 64, 8, 128, 8192),
     "small/64": (2, 4, 2, 64, 64),
 }
 SCALE = 4.0  # bytes of the scale of a position and head
 
 
 def _make(case: Case) -> list[Any]:
-    """One query a sequence, and a full cache as generation keeps it, a head's positions one after the other; int8 has scales."""
+    """One query a sequence, and a full cache as generation keeps it: on huge pages, on a CPU head by head; int8 has scales."""
     batch, heads, kv_heads, head_dim, length = case.sizes
     integers = case.dtype == "int8"
     q = case.random(batch, 1, heads, head_dim, dtype=torch.float32 if integers else None, grad=False)
-    caches, scales = [], []
-    for _ in range(2):
+    config = LlamaConfig(1, heads * head_dim, 1, 1, heads, kv_heads, head_dim)
+    (cache,) = new_cache(config, length, case.torch_dtype, torch.device(case.device), batch=batch)
+    for held, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
         x = case.random(batch, length, kv_heads, head_dim, dtype=torch.float32, grad=False)
-        caches.append(torch.empty(batch, kv_heads, length, head_dim, dtype=case.torch_dtype, device=case.device).transpose(1, 2))
-        scales.append(torch.empty(batch, kv_heads, length, device=case.device).transpose(1, 2) if integers else None)
-        store_cache(x, caches[-1], 0, scales_BTK=scales[-1])
-    return [q, *caches, *scales]
+        store_cache(x, held, 0, scales_BTK=scales)
+    return [q, cache.k, cache.v, cache.k_scales, cache.v_scales]
 
 
 def _work(case: Case, direction: str) -> Work:
@@ -94,5 +96,5 @@ CACHED_ATTENTION = Operator(
     ),
     dtypes=("float32", "bfloat16", "float16", "int8"),
     directions=("fwd",),
-    on_request=frozenset({"llama13b/2048"}),
+    on_request=frozenset({"llama13b/2048", "grouped8/8192"}),
 )
