@@ -1,9 +1,9 @@
-// The launches that the toolkit generates for our kernels, as it declares them: blocks, stream, the kernel's arguments.
+// The launches of our kernels, as the toolkit generates them: blocks, stream, the kernel's arguments.
 #pragma once
 
 #include <cstdint>
 
-typedef void* aclrtStream;  // as acl_base_rt.h has it, which the toolkits of route B need not bring
+typedef void* aclrtStream;  // as acl_base_rt.h has it, which not every toolkit brings
 
 extern "C" {
 #define PYALPACA_DECLARE(type)                                                                                         \

@@ -1,5 +1,5 @@
-// Route B (setup_npu.py): Ascend C as a language of CMake. A launch has the name and the arguments that route A's
-// generated ones have, so that csrc/ascend/launch knows of neither; kernels are started with <<<>>>.
+// The route asc (../CMakeLists.txt): Ascend C as a language of CMake, kernels started with <<<>>>. A launch has the
+// name and the arguments of those that the other route generates, so that csrc/ascend/launch knows of neither.
 #pragma once
 
 #include "ascend/launch/kernels.h"
