@@ -1,6 +1,7 @@
 // A few tokens times a large weight: the weight's bytes are read once, as fast as memory gives them.
 //
-// Four rows of the weight at a time, so that a register of x serves four; each is widened on its way to the product.
+// Several rows of the weight at a time, so that a register of x serves them all: x may not fit the nearest cache, and
+// what it takes from the next one is lacking to the weight. Each is widened on its way to the product.
 #pragma once
 
 #include "cpu/matrix.h"
@@ -8,12 +9,14 @@
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
 
-constexpr int kFewRows = 4;
 #ifdef __AVX512F__
-constexpr int kFewTokens = 4;  // that are multiplied at once: 4 x 4 sums in registers
+constexpr int kFewRows = 12;   // at once by one token: so many sums in registers
+constexpr int kFewTokens = 4;  // at once by kSomeRows
 #else
+constexpr int kFewRows = 8;
 constexpr int kFewTokens = 2;
 #endif
+constexpr int kSomeRows = 4;
 
 template <class T>
 PYALPACA_INLINE Vec load_end(const T* p, int64_t count) {
@@ -51,6 +54,51 @@ PYALPACA_INLINE void load_int4(const uint8_t* p, Vec* to) {
 #endif
 }
 
+// 2 * kLanes numbers of bf16 as the even ones and the odd ones: a shift and a mask, where widening them in their order
+// takes a shuffle more for each half. x is brought into that order once.
+constexpr int64_t kPair = 2 * kLanes;
+static_assert(kInt4Block % kPair == 0, "x is zero up to whole pairs");
+PYALPACA_INLINE void load_pair(const BFloat16* p, int64_t count, Vec (&to)[2]) {
+  Bits bits;
+  if (count >= kPair) {
+    std::memcpy(&bits, p, sizeof(bits));
+  } else {
+    BFloat16 row[kPair] = {};
+    for (int64_t i = 0; i < count; ++i) row[i] = p[i];
+    std::memcpy(&bits, row, sizeof(bits));
+  }
+  to[0] = as<Vec>(bits << 16);
+  to[1] = as<Vec>(bits & 0xffff0000u);
+}
+inline void to_pairs(float* x, int64_t count) {
+  for (int64_t k = 0; k < count; k += kPair) {
+    float odd[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) odd[i] = x[k + 2 * i + 1];
+    for (int64_t i = 0; i < kLanes; ++i) x[k + i] = x[k + 2 * i];
+    std::memcpy(x + k + kLanes, odd, sizeof(odd));
+  }
+}
+
+template <int rows, int tokens>
+PYALPACA_INLINE void dot_pairs(const BFloat16* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth,
+                               Vec (&sums)[rows][tokens]) {
+  const auto step = [&](int64_t k, int64_t count) {
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+      Vec left[2];
+      load_pair(w + r * w_stride + k, count, left);
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) {
+        sums[r][t] += left[0] * load(x + t * x_stride + k);
+        sums[r][t] += left[1] * load(x + t * x_stride + k + kLanes);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kPair <= depth; k += kPair) step(k, kPair);
+  if (k < depth) step(k, depth - k);
+}
+
 // Sums of x[t] times `rows` lines of floats, over [from, from + count) of the depth.
 template <class T, int rows, int tokens>
 PYALPACA_INLINE void dot(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count,
@@ -59,7 +107,7 @@ PYALPACA_INLINE void dot(const T* w, int64_t w_stride, const float* x, int64_t x
     Vec right[tokens];
 #pragma GCC unroll 4
     for (int t = 0; t < tokens; ++t) right[t] = load(x + t * x_stride + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
       const Vec left = widened(w + r * w_stride + k);
 #pragma GCC unroll 4
@@ -84,7 +132,7 @@ PYALPACA_INLINE void dot_scaled(const Matrix& m, int64_t line, const float* x, i
       k = end;
     } else {
       for (; k < end; k += kInt4Block) {
-#pragma GCC unroll 4
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) {
           Vec left[kInt4Parts];
           load_int4(reinterpret_cast<const uint8_t*>(data) + r * m.stride + k / 2, left);
@@ -95,7 +143,7 @@ PYALPACA_INLINE void dot_scaled(const Matrix& m, int64_t line, const float* x, i
         }
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
       const Vec scale = splat(m.scales[(line + r) * m.groups + group]);
 #pragma GCC unroll 4
@@ -117,7 +165,8 @@ PYALPACA_INLINE void dot_rows(const Matrix& m, int64_t line, const float* x, int
       floats(Type<float>());
       break;
     case Storage::kBFloat16:
-      floats(Type<BFloat16>());
+      dot_pairs<rows, tokens>(static_cast<const BFloat16*>(m.data) + line * m.stride, m.stride, x, x_stride, depth,
+                              sums);
       break;
     case Storage::kHalf:
       floats(Type<Half>());
@@ -137,12 +186,16 @@ PYALPACA_INLINE void dot_rows(const Matrix& m, int64_t line, const float* x, int
 template <int tokens>
 __attribute__((noinline)) void dot_lines(const Matrix& m, int64_t line, int64_t lines, const float* x, int64_t x_stride,
                                          int64_t depth, float* y, int64_t y_stride) {
-  if (lines == kFewRows) return dot_rows<kFewRows, tokens>(m, line, x, x_stride, depth, y, y_stride);
-  for (int64_t r = 0; r < lines; ++r) dot_rows<1, tokens>(m, line + r, x, x_stride, depth, y + r, y_stride);
+  if (tokens == 1 && lines == kFewRows) return dot_rows<kFewRows, 1>(m, line, x, x_stride, depth, y, y_stride);
+  int64_t r = 0;
+  for (; r + kSomeRows <= lines; r += kSomeRows) {
+    dot_rows<kSomeRows, tokens>(m, line + r, x, x_stride, depth, y + r, y_stride);
+  }
+  for (; r < lines; ++r) dot_rows<1, tokens>(m, line + r, x, x_stride, depth, y + r, y_stride);
 }
 
 // y[t][r] = the products of `tokens` rows of x and at most kFewRows lines of m. x is zero from `depth` on up to a
-// multiple of kInt4Block.
+// multiple of kInt4Block, and `to_pairs` if m is of bf16.
 inline void few(const Matrix& m, int64_t line, int64_t lines, const float* x, int64_t x_stride, int64_t tokens,
                 int64_t depth, float* y, int64_t y_stride) {
   for (int64_t t = 0; t < tokens;) {
