@@ -58,7 +58,7 @@ bool few_rows_by_digits(const Linear& a, const float* x, int64_t width) {
         continue;
       }
       for (int64_t r = 0; r < lines; r += kFewRows) {
-        few(a.b, line + r, min(lines - r, kFewRows), x + t * width, width, 1, a.depth, y + r, kDigitRows);
+        few(a.b, false, line + r, min(lines - r, kFewRows), x + t * width, width, 1, a.depth, y + r, kDigitRows);
       }
     }
   });
@@ -68,8 +68,14 @@ bool few_rows_by_digits(const Linear& a, const float* x, int64_t width) {
 
 void few_rows(const Linear& a) {
   const int64_t width = round_up(a.depth, kInt4Block);
+  const bool both = in_pairs({a.a, a.b, a.rows, a.columns, a.depth});
   float* x = scratch(a.rows * width);
   for (int64_t t = 0; t < a.rows; ++t) {
+    if (both) {
+      std::memset(x + t * width, 0, sizeof(float) * static_cast<size_t>(width));
+      fetch(a.a, t, 0, a.depth, both, x + t * width);
+      continue;
+    }
     widen(a.a, t, 0, a.depth, x + t * width);
     for (int64_t k = a.depth; k < width; ++k) x[t * width + k] = 0.0f;
     if (a.b.storage == Storage::kBFloat16) to_pairs(x + t * width, width);
@@ -83,8 +89,9 @@ void few_rows(const Linear& a) {
     if (few_rows_by_digits<Digital<Storage::kInt4, 2>>(a, x, width)) return;
   }
 #endif
-  store_few<kFewRows>(
-      a, [&](int64_t line, int64_t lines, float* y) { few(a.b, line, lines, x, width, a.rows, a.depth, y, kFewRows); });
+  store_few<kFewRows>(a, [&](int64_t line, int64_t lines, float* y) {
+    few(a.b, both, line, lines, x, width, a.rows, a.depth, y, kFewRows);
+  });
 }
 
 }  // namespace

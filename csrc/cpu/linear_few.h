@@ -99,6 +99,31 @@ PYALPACA_INLINE void dot_pairs(const BFloat16* w, int64_t w_stride, const float*
   if (k < depth) step(k, depth - k);
 }
 
+#ifdef __AVX512BF16__
+// The same where x is of bf16 too and lies as the weight does: the processor multiplies pairs.
+template <int rows, int tokens>
+PYALPACA_INLINE void dot_both(const BFloat16* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth,
+                              Vec (&sums)[rows][tokens]) {
+  const auto step = [&](int64_t k, const auto& load_pairs) {
+    __m512bh right[tokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) right[t] = (__m512bh)_mm512_loadu_ps(x + t * x_stride + k / 2);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+      const __m512bh left = (__m512bh)load_pairs(w + r * w_stride + k);
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; ++t) sums[r][t] = as<Vec>(_mm512_dpbf16_ps(as<__m512>(sums[r][t]), left, right[t]));
+    }
+  };
+  int64_t k = 0;
+  for (; k + kPair <= depth; k += kPair) step(k, [](const BFloat16* p) { return _mm512_loadu_si512(p); });
+  if (k < depth) {
+    const __mmask32 some = (__mmask32{1} << (depth - k)) - 1;
+    step(k, [&](const BFloat16* p) { return _mm512_maskz_loadu_epi16(some, p); });
+  }
+}
+#endif
+
 // Sums of x[t] times `rows` lines of floats, over [from, from + count) of the depth.
 template <class T, int rows, int tokens>
 PYALPACA_INLINE void dot(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count,
@@ -153,8 +178,9 @@ PYALPACA_INLINE void dot_scaled(const Matrix& m, int64_t line, const float* x, i
 }
 
 template <int rows, int tokens>
-PYALPACA_INLINE void dot_rows(const Matrix& m, int64_t line, const float* x, int64_t x_stride, int64_t depth, float* y,
-                              int64_t y_stride) {
+PYALPACA_INLINE void dot_rows(const Matrix& m, bool both, int64_t line, const float* x, int64_t x_stride, int64_t depth,
+                              float* y, int64_t y_stride) {
+  (void)both;
   Vec sums[rows][tokens] = {};
   const auto floats = [&](auto type) {
     using T = typename decltype(type)::type;
@@ -165,6 +191,13 @@ PYALPACA_INLINE void dot_rows(const Matrix& m, int64_t line, const float* x, int
       floats(Type<float>());
       break;
     case Storage::kBFloat16:
+#ifdef __AVX512BF16__
+      if (both) {
+        dot_both<rows, tokens>(static_cast<const BFloat16*>(m.data) + line * m.stride, m.stride, x, x_stride, depth,
+                               sums);
+        break;
+      }
+#endif
       dot_pairs<rows, tokens>(static_cast<const BFloat16*>(m.data) + line * m.stride, m.stride, x, x_stride, depth,
                               sums);
       break;
@@ -184,31 +217,31 @@ PYALPACA_INLINE void dot_rows(const Matrix& m, int64_t line, const float* x, int
 }
 
 template <int tokens>
-__attribute__((noinline)) void dot_lines(const Matrix& m, int64_t line, int64_t lines, const float* x, int64_t x_stride,
-                                         int64_t depth, float* y, int64_t y_stride) {
-  if (tokens == 1 && lines == kFewRows) return dot_rows<kFewRows, 1>(m, line, x, x_stride, depth, y, y_stride);
+__attribute__((noinline)) void dot_lines(const Matrix& m, bool both, int64_t line, int64_t lines, const float* x,
+                                         int64_t x_stride, int64_t depth, float* y, int64_t y_stride) {
+  if (tokens == 1 && lines == kFewRows) return dot_rows<kFewRows, 1>(m, both, line, x, x_stride, depth, y, y_stride);
   int64_t r = 0;
   for (; r + kSomeRows <= lines; r += kSomeRows) {
-    dot_rows<kSomeRows, tokens>(m, line + r, x, x_stride, depth, y + r, y_stride);
+    dot_rows<kSomeRows, tokens>(m, both, line + r, x, x_stride, depth, y + r, y_stride);
   }
-  for (; r < lines; ++r) dot_rows<1, tokens>(m, line + r, x, x_stride, depth, y + r, y_stride);
+  for (; r < lines; ++r) dot_rows<1, tokens>(m, both, line + r, x, x_stride, depth, y + r, y_stride);
 }
 
 // y[t][r] = the products of `tokens` rows of x and at most kFewRows lines of m. x is zero from `depth` on up to a
-// multiple of kInt4Block, and `to_pairs` if m is of bf16.
-inline void few(const Matrix& m, int64_t line, int64_t lines, const float* x, int64_t x_stride, int64_t tokens,
-                int64_t depth, float* y, int64_t y_stride) {
+// multiple of kInt4Block, and `to_pairs` if m is of bf16; `both`: m and x are of bf16, x as it is.
+inline void few(const Matrix& m, bool both, int64_t line, int64_t lines, const float* x, int64_t x_stride,
+                int64_t tokens, int64_t depth, float* y, int64_t y_stride) {
   for (int64_t t = 0; t < tokens;) {
     const float* from = x + t * x_stride;
     float* to = y + t * y_stride;
     if (kFewTokens >= 4 && tokens - t >= 4) {
-      dot_lines<kFewTokens>(m, line, lines, from, x_stride, depth, to, y_stride);
+      dot_lines<kFewTokens>(m, both, line, lines, from, x_stride, depth, to, y_stride);
       t += kFewTokens;
     } else if (tokens - t >= 2) {
-      dot_lines<2>(m, line, lines, from, x_stride, depth, to, y_stride);
+      dot_lines<2>(m, both, line, lines, from, x_stride, depth, to, y_stride);
       t += 2;
     } else {
-      dot_lines<1>(m, line, lines, from, x_stride, depth, to, y_stride);
+      dot_lines<1>(m, both, line, lines, from, x_stride, depth, to, y_stride);
       t += 1;
     }
   }
