@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from pyalpaca.bench.kernels.limits import Limits
 from pyalpaca.bench.kernels.operator import Case, Function, Operator, Peer, Work
 from pyalpaca.bench.kernels.timing import Budget, Samples, take_turns
 from pyalpaca.bench.machine import rounded
+from pyalpaca.ops import reuse_memory
 
 OURS = "ours"
 _LIMIT = "limit"
@@ -77,13 +79,17 @@ def _measure_row(
     name: str, plan: Plan, operator: Operator, label: str, case: Case, direction: str, device: Device, limits: Limits
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    inputs, work = operator.make(case), operator.work(case, direction)
+    with _pages_of_commands():
+        inputs = operator.make(case)
+    work = operator.work(case, direction)
     limit, _ = limits.bound(work)
     amount, probe = limits.ways[limit]
     calls, left_out = {_LIMIT: probe, OURS: prepared(operator.ours, inputs, direction)}, {}
     for peer in plan.contestants(operator, label, case, direction):
         try:
-            call = prepared(peer.build(), peer.prepare(inputs), direction)
+            with _pages_of_commands():
+                peers_inputs = peer.prepare(inputs)
+            call = prepared(peer.build(), peers_inputs, direction)
             if peer.compiles:
                 call()
             calls[peer.name] = call
@@ -93,6 +99,17 @@ def _measure_row(
     found = take_turns(calls, device, plan.budget)
     least = (work.flops if limit == limits.compute else work.moved) / (amount / found.pop(_LIMIT).seconds)
     return row(name, work, limit, least, found) | ({"left_out": left_out} if left_out else {})
+
+
+@contextmanager
+def _pages_of_commands() -> Iterator[None]:
+    """Large tensors made here lie on huge pages, as the weights and caches of training and generation do; what the timed calls
+    make has the memory of a program that did not ask for them."""
+    reuse_memory()
+    try:
+        yield
+    finally:
+        reuse_memory(on=False)
 
 
 def prepared(function: Function, inputs: Sequence[Any], direction: str) -> Call:

@@ -135,8 +135,9 @@ def page(result: Mapping[str, Any]) -> str:
         "**Time.** Ours and the peers take turns in one process, the order turned round each time: each empties the caches by "
         "writing to four times the last level, is called once (`cold`), then again and again for 10 ms (`ms`). The numbers are "
         "medians; the spread is the middle half of the timings over the median. A call longer than 0.1 s is made once a round, "
-        "one longer than 0.4 s is timed once in all. The time includes giving up the result, and the page faults of fresh "
-        "memory: `faults` is how many (ru_minflt) one of our calls takes.",
+        "one longer than 0.4 s is timed once in all. Everybody's inputs lie on huge pages, as the weights and caches of `train` "
+        "and `generate` do. The time includes giving up the result, and the page faults of fresh memory: `faults` is how many "
+        "(ru_minflt) one of our calls takes.",
         "**Share of the limit.** The time that the flops take at the rate of the product, or the bytes at the rate of copying "
         "(of reading, where less than a tenth as much is written as read), whichever is longer, over the median. That rate is "
         "measured again in each row, where it takes its turn as the peers do. The bytes are those that must move, each tensor "
