@@ -112,15 +112,39 @@ PYALPACA_INLINE bool maybe_nan(Two x) {
 #endif
 }
 
-template <bool kStream>
-PYALPACA_INLINE void put_two(BFloat16* p, Two x) {
+// In each word of 32 bits the one at the even place and, above it, the one at the odd place: to nearest, ties to even.
+PYALPACA_INLINE Bits rounded(Two x) {
   const Bits a = as<Bits>(x.a), b = as<Bits>(x.b);
-  Bits even = a + 0x7fff + (a >> 16 & 1), odd = b + 0x7fff + (b >> 16 & 1);  // to nearest, ties to even
-  if (__builtin_expect(maybe_nan(x), false)) {                               // which stays one
+  Bits even = a + 0x7fff + (a >> 16 & 1), odd = b + 0x7fff + (b >> 16 & 1);
+  if (__builtin_expect(maybe_nan(x), false)) {  // which stays one
     even = x.a == x.a ? even : (a | 0x400000);
     odd = x.b == x.b ? odd : (b | 0x400000);
   }
-  put_bits<kStream>(p, even >> 16 | (odd & 0xffff0000u));
+  return even >> 16 | (odd & 0xffff0000u);
+}
+
+#ifdef __AVX512BF16__
+// The processor rounds alike, but makes zeros of subnormal values.
+PYALPACA_INLINE bool maybe_subnormal(Two x) {
+  constexpr int kSubnormal = 0x20;
+  return (_mm512_fpclass_ps_mask(as<__m512>(x.a), kSubnormal) | _mm512_fpclass_ps_mask(as<__m512>(x.b), kSubnormal)) !=
+         0;
+}
+
+PYALPACA_INLINE Bits rounded_by_processor(Two x) {
+  const Bits halves = as<Bits>(_mm512_cvtne2ps_pbh(as<__m512>(x.b), as<__m512>(x.a)));  // those of a, then those of b
+  constexpr Bits kPlaces = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                            0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+  return as<Bits>(_mm512_permutexvar_epi16(as<__m512i>(kPlaces), as<__m512i>(halves)));
+}
+#endif
+
+template <bool kStream>
+PYALPACA_INLINE void put_two(BFloat16* p, Two x) {
+#ifdef __AVX512BF16__
+  if (__builtin_expect(!maybe_subnormal(x), true)) return put_bits<kStream>(p, rounded_by_processor(x));
+#endif
+  put_bits<kStream>(p, rounded(x));
 }
 
 // What lies at `from`, kStep of it, to `to` as it is.

@@ -187,9 +187,9 @@ def test_the_kernels_for_lesser_processors_pass_the_same_tests(lesser: str, monk
     monkeypatch.setenv("PYALPACA_CPU", lesser)
     here = Path(__file__).parent
     names = ["rms_norm", "rope", "swiglu", "flash_attention", "cached_attention", "linear", "linear_quantized", "adamw"]
-    names += ["linear_digits", "cross_entropy"]
+    names += ["linear_digits", "cross_entropy", "rounding", "streamed"]
     files = [str(here / f"test_{name}.py") for name in names]
-    chosen = "cpp and (oracle or products) and float16 or digits"
+    chosen = "digits or test_rounding or float16 and (test_streamed or cpp and (oracle or products))"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
