@@ -3,6 +3,8 @@
 //
 // The derivative of each of the three is made of the other two, so there is one of any order. For gradients that are
 // summed up piece by piece, linear_dweight_add_ adds to what is there.
+#include <ATen/ops/mm.h>
+
 #include "ops/common.h"
 #include "ops/product.h"
 
@@ -53,20 +55,35 @@ Tensor meta_dweight(const Tensor& dy, const Tensor& x) {
   return reused_empty({dy.sym_size(-1), x.sym_size(-1)}, x.options());
 }
 
+// out = a b by torch, if it is to be: where there is so little to do that it counts how soon a product begins, torch's
+// is ahead, but not for a few lines by a weight, whose bytes are all that counts.
+bool small_product(const Tensor& a, const Tensor& b, const Tensor& out) {
+  constexpr int64_t kFewLines = 8, kProducts = int64_t{1} << 23;
+  const int64_t lines = a.size(0), columns = b.size(1);
+  if (lines <= kFewLines || lines * columns * a.size(1) >= kProducts) return false;
+  if (a.scalar_type() != at::kFloat || b.scalar_type() != at::kFloat) return false;
+  Tensor matrix = out.view({lines, columns});
+  at::mm_out(matrix, a, b);
+  return true;
+}
+
 Tensor forward_cpu(const Tensor& x, const Tensor& weight) {
   const Tensor y = meta(x, weight), lines = lines_of(x), w = last_contiguous(weight);
+  if (small_product(lines, w.t(), y)) return y;
   product(matrix(lines), matrix(w), y.numel() / std::max<int64_t>(w.size(0), 1), w.size(0), w.size(1), y);
   return y;
 }
 
 Tensor dx_cpu(const Tensor& dy, const Tensor& weight) {
   const Tensor dx = meta_dx(dy, weight), lines = lines_of(dy), w = last_contiguous(weight);
+  if (small_product(lines, w, dx)) return dx;
   product(matrix(lines), transposed(matrix(w)), lines.size(0), w.size(1), w.size(0), dx);
   return dx;
 }
 
 Tensor dweight_cpu(const Tensor& dy, const Tensor& x) {
   const Tensor dweight = meta_dweight(dy, x), dy_lines = lines_of(dy), x_lines = lines_of(x);
+  if (small_product(dy_lines.t(), x_lines, dweight)) return dweight;
   product(transposed(matrix(dy_lines)), transposed(matrix(x_lines)), dy.size(-1), x.size(-1), x_lines.size(0), dweight);
   return dweight;
 }

@@ -64,6 +64,8 @@ class Plan:
 
 def measure(plan: Plan, device: Device, limits: Limits) -> list[dict[str, Any]]:
     """The rows of a plan, with a bar on stderr."""
+    x = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(x + x, x, torch.ones(1))  # the first one loads some 35 MB of torch, which are no operator's
     rows, planned = [], list(plan.rows(device.name))
     with warnings.catch_warnings(), tqdm(planned, unit="row", disable=None, file=sys.stderr) as bar:
         warnings.simplefilter("ignore")  # what peers say about themselves, torch.compile above all
