@@ -23,14 +23,17 @@ PYALPACA_INLINE Vec square_root(Vec x) {
 #endif
 }
 
-// Calls body(tensor, first element, elements, piece) for pieces of all tensors, on all threads.
+// Calls body(tensor, first element, elements, piece) for pieces of all tensors, on all threads. They take the next
+// piece each: half a list apart, they would come to the same bank of the memory at once wherever sizes are powers of
+// two.
 template <class Count, class Body>
 void for_pieces(int64_t tensors, const Count& count, const Body& body) {
   int64_t pieces = 0;
   for (int64_t i = 0; i < tensors; ++i) pieces += pieces_of(count(i));
-  parallel(pieces, 1, [&](int64_t begin, int64_t end) {
+  Queue queue;
+  parallel(min(pieces, num_threads()), 1, [&](int64_t, int64_t) {
     int64_t tensor = 0, first = 0;  // of the tensor's pieces
-    for (int64_t piece = begin; piece < end; ++piece) {
+    for (int64_t piece = queue.take(); piece < pieces; piece = queue.take()) {
       while (piece >= first + pieces_of(count(tensor))) {
         first += pieces_of(count(tensor++));
       }
