@@ -78,7 +78,7 @@ void few_rows(const Linear& a) {
     }
     widen(a.a, t, 0, a.depth, x + t * width);
     for (int64_t k = a.depth; k < width; ++k) x[t * width + k] = 0.0f;
-    if (a.b.storage == Storage::kBFloat16) to_pairs(x + t * width, width);
+    if (a.b.storage == Storage::kBFloat16) order<BFloat16>(x + t * width, x + t * width, width);
   }
 #ifdef __AVX512VNNI__
   if (a.a.storage == Storage::kFloat) {

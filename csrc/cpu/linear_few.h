@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/matrix.h"
+#include "cpu/stream.h"
 
 namespace pyalpaca::cpu::PYALPACA_ISA {
 namespace {
@@ -54,49 +55,32 @@ PYALPACA_INLINE void load_int4(const uint8_t* p, Vec* to) {
 #endif
 }
 
-// 2 * kLanes numbers of bf16 as the even ones and the odd ones: a shift and a mask, where widening them in their order
+// bf16 as load_two has it, the even numbers and the odd ones: a shift and a mask, where widening them in their order
 // takes a shuffle more for each half. x is brought into that order once.
-constexpr int64_t kPair = 2 * kLanes;
-static_assert(kInt4Block % kPair == 0, "x is zero up to whole pairs");
-PYALPACA_INLINE void load_pair(const BFloat16* p, int64_t count, Vec (&to)[2]) {
-  Bits bits;
-  if (count >= kPair) {
-    std::memcpy(&bits, p, sizeof(bits));
-  } else {
-    BFloat16 row[kPair] = {};
-    for (int64_t i = 0; i < count; ++i) row[i] = p[i];
-    std::memcpy(&bits, row, sizeof(bits));
-  }
-  to[0] = as<Vec>(bits << 16);
-  to[1] = as<Vec>(bits & 0xffff0000u);
-}
-inline void to_pairs(float* x, int64_t count) {
-  for (int64_t k = 0; k < count; k += kPair) {
-    float odd[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) odd[i] = x[k + 2 * i + 1];
-    for (int64_t i = 0; i < kLanes; ++i) x[k + i] = x[k + 2 * i];
-    std::memcpy(x + k + kLanes, odd, sizeof(odd));
-  }
+static_assert(kInt4Block % kStep == 0, "x is zero up to whole steps");
+PYALPACA_INLINE Two load_two_end(const BFloat16* p, int64_t count) {
+  BFloat16 row[kStep] = {};
+  for (int64_t i = 0; i < count; ++i) row[i] = p[i];
+  return load_two(row);
 }
 
 template <int rows, int tokens>
 PYALPACA_INLINE void dot_pairs(const BFloat16* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t depth,
                                Vec (&sums)[rows][tokens]) {
-  const auto step = [&](int64_t k, int64_t count) {
+  const auto step = [&](int64_t k, const auto& widened) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-      Vec left[2];
-      load_pair(w + r * w_stride + k, count, left);
+      const Two left = widened(w + r * w_stride + k);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; ++t) {
-        sums[r][t] += left[0] * load(x + t * x_stride + k);
-        sums[r][t] += left[1] * load(x + t * x_stride + k + kLanes);
+        sums[r][t] += left.a * load(x + t * x_stride + k);
+        sums[r][t] += left.b * load(x + t * x_stride + k + kLanes);
       }
     }
   };
   int64_t k = 0;
-  for (; k + kPair <= depth; k += kPair) step(k, kPair);
-  if (k < depth) step(k, depth - k);
+  for (; k + kStep <= depth; k += kStep) step(k, [](const BFloat16* p) { return load_two(p); });
+  if (k < depth) step(k, [&](const BFloat16* p) { return load_two_end(p, depth - k); });
 }
 
 #ifdef __AVX512BF16__
@@ -116,7 +100,7 @@ PYALPACA_INLINE void dot_both(const BFloat16* w, int64_t w_stride, const float* 
     }
   };
   int64_t k = 0;
-  for (; k + kPair <= depth; k += kPair) step(k, [](const BFloat16* p) { return _mm512_loadu_si512(p); });
+  for (; k + kStep <= depth; k += kStep) step(k, [](const BFloat16* p) { return _mm512_loadu_si512(p); });
   if (k < depth) {
     const __mmask32 some = (__mmask32{1} << (depth - k)) - 1;
     step(k, [&](const BFloat16* p) { return _mm512_maskz_loadu_epi16(some, p); });
@@ -228,7 +212,7 @@ __attribute__((noinline)) void dot_lines(const Matrix& m, bool both, int64_t lin
 }
 
 // y[t][r] = the products of `tokens` rows of x and at most kFewRows lines of m. x is zero from `depth` on up to a
-// multiple of kInt4Block, and `to_pairs` if m is of bf16; `both`: m and x are of bf16, x as it is.
+// multiple of kInt4Block, and in bf16's order (`order`) if m is of it; `both`: m and x are of bf16, x as it is.
 inline void few(const Matrix& m, bool both, int64_t line, int64_t lines, const float* x, int64_t x_stride,
                 int64_t tokens, int64_t depth, float* y, int64_t y_stride) {
   for (int64_t t = 0; t < tokens;) {

@@ -162,13 +162,15 @@ PYALPACA_INLINE void copy_two(const T* from, T* to) {
 }
 
 // fp32 values in the order that load_two gives those of type T, so that both can be taken together; what is left behind
-// the last kStep stays as it is.
+// the last kStep stays as it is. `to` may be `from`.
 template <class T>
 void order(const float* from, float* to, int64_t width) {
   int64_t i = 0;
   if constexpr (kInterleaved<T>) {
     for (; i + kStep <= width; i += kStep) {
-      for (int64_t u = 0; u < kLanes; ++u) to[i + u] = from[i + 2 * u], to[i + kLanes + u] = from[i + 2 * u + 1];
+      float step[kStep];
+      std::memcpy(step, from + i, sizeof(step));
+      for (int64_t u = 0; u < kLanes; ++u) to[i + u] = step[2 * u], to[i + kLanes + u] = step[2 * u + 1];
     }
   }
   for (; i < width; ++i) to[i] = from[i];

@@ -104,6 +104,7 @@ class _Loss(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         step = max(chunk_tokens(len(x_TD), shards.rows or len(weight_VD), x_TD.element_size()), 1)
         chunks = list(zip(x_TD.split(step), labels_T.split(step), strict=True))
+        wide = torch.promote_types(x_TD.dtype, weight_VD.dtype)
         losses: list[Tensor] = []
         dxs: list[Tensor] = []
         dweight: Held = None, None
@@ -114,10 +115,13 @@ class _Loss(torch.autograd.Function):
                 dxs.append(linear_dx(gradient, weight_VD))
             if needs_weight:
                 last = len(losses) == len(chunks)
-                dweight = _add_dweight(dweight, gradient.to(weight_VD.dtype), x.to(weight_VD.dtype), last)
+                dweight = _add_dweight(dweight, gradient.to(wide), x.to(wide), last)
             del gradient  # before the next one is made
         dweight_VD, dweight = dweight[0], (None, None)
-        ctx.found = (dxs[0] if len(dxs) == 1 else torch.cat(dxs)) if needs_x else None, dweight_VD
+        ctx.found = (
+            (dxs[0] if len(dxs) == 1 else torch.cat(dxs)) if needs_x else None,
+            None if dweight_VD is None else dweight_VD.to(weight_VD.dtype),
+        )
         return (sum(losses[1:], losses[0]) * scale).float()
 
     @staticmethod

@@ -170,6 +170,23 @@ def test_a_sum_in_two_halves_is_that_of_fp32(name: str, dtype: torch.dtype) -> N
     assert_near(total, sum(expected[1:], expected[0]), TOLERANCE[dtype] / 4)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("tokens", [100, 1700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_a_narrow_head_is_rounded_once_where_the_input_is_wide(
+    name: str, tokens: int, dtype: torch.dtype
+) -> None:
+    x, labels = random(tokens, 24), labels_of(tokens, vocabulary=300)
+    weight = random(300, 24, dtype=dtype).requires_grad_()
+    with backend(name):
+        linear_cross_entropy(x, weight, labels, 0.01).backward()
+    wide = weight.detach().double().requires_grad_()
+    (0.01 * F.cross_entropy(x.double() @ wide.T, labels, reduction="sum")).backward()
+    assert wide.grad is not None and weight.grad is not None and weight.grad.dtype == dtype
+    half_a_step = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(weight.grad.double(), wide.grad, rtol=1.001 * half_a_step, atol=1e-6)
+
+
 def test_the_same_values_in_every_run() -> None:
     inputs = random(500, 64), random(300, 64), labels_of(500, vocabulary=300)
     first, second = fused(*inputs, 1.0), fused(*inputs, 1.0)

@@ -75,6 +75,7 @@ __aicore__ inline void store_rows_apart(const GlobalTensor<T>& to, const LocalTe
                                 0);
   DataCopyPad(to, from, shape);
 }
+
 // Rows side by side in global memory, and in unified memory as near as their blocks allow.
 template <typename T>
 __aicore__ inline void store_rows(const GlobalTensor<T>& to, const LocalTensor<T>& from, int32_t rows, int32_t width) {
